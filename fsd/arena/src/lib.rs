@@ -1,0 +1,1 @@
+//! A node's storage: mapped memory allocated in extents

@@ -1,0 +1,1 @@
+//! Advisory (fcntl and flock) lock table as a pure state machine

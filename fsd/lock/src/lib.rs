@@ -1,0 +1,1 @@
+//! The verbfs lock server and client as pure state machines

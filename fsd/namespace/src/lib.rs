@@ -1,0 +1,1 @@
+//! Inodes, directory entries, xattrs and extents in an embedded transactional store

@@ -1,0 +1,1 @@
+//! The verbfs daemon and command line

@@ -1,0 +1,1 @@
+//! One-sided memory fabric and ring messages

@@ -1,0 +1,1 @@
+//! Histories, checkers and exercisers that test mounted file systems
