@@ -1,1 +1,60 @@
-//! The verbfs lock server and client as pure state machines
+//! The lock server and the lock client of verbfs, as pure state machines.
+//!
+//! No I/O, no clock, no thread: messages and *ticks* go in, effects come out in a vector,
+//! and the volume carries them out in the order given. PROTOCOL.md is the reference.
+//!
+//! # Modes
+//!
+//! | | S | X | E (ATTR only) |
+//! |---|---|---|---|
+//! | may cache clean pages, attributes, entries | yes | yes | size lower bound |
+//! | may dirty | no | yes | raise size, touch mtime |
+//! | compatible with | S | nothing | E |
+//!
+//! | pin | needs | beside other pins of its node |
+//! |---|---|---|
+//! | [`PinKind::Shared`] | S (or X) | all but Exclusive |
+//! | [`PinKind::Extend`] | E (or X) | all but Exclusive |
+//! | [`PinKind::Write`] | X | all but Exclusive |
+//! | [`PinKind::Exclusive`] | X | none on an overlapping range |
+//!
+//! | asked | holder has | the holder |
+//! |---|---|---|
+//! | S | X | keeps S; its dirty pages go home |
+//! | S one-shot | X | keeps E, and is then glimpsed with all other holders of E |
+//! | S one-shot | E | is glimpsed: frozen, read, thawed; keeps its lock |
+//! | S | E | gives up |
+//! | E | X | keeps E |
+//! | E | S | gives up |
+//! | X | S, E | gives up |
+//! | X | X | gives up, or hands over page by page to the asker (DATA) |
+//!
+//! # The three rules everything rests on
+//!
+//! 1. **The server's record of a node is never weaker than what the node believes.** A release takes
+//!    from the client first, a grant gives to the server first.
+//! 2. **A grant never meets a fence.** The server grants a node nothing over a range it is revoking from
+//!    that node; the node volunteers no range that it is asking for. So the range of a GRANT is always
+//!    unfenced when it arrives, and the new grant simply supersedes older ones there.
+//! 3. **A node's LOCK never overtakes its own RELEASE.** Lanes may be reordered, so a LOCK says how many
+//!    releases preceded it and the server lets it wait for them. What a RELEASE carries (sizes, times)
+//!    is therefore known when the request after it is answered.
+
+pub mod client;
+pub mod server;
+
+pub use client::{
+    ClientCounters, ClientEffect, ClientOptions, FenceId, GrantView, LockClient, PinKind, PinRequest, PinToken, RevokePolicy, Vacated,
+};
+pub use server::{HolderView, LockServer, ServerCounters, ServerEffect, ServerOptions, WaiterView};
+
+use verbfs_protocol::LockMessage;
+
+/// Time as the machines see it: an ever rising count of whatever the volume ticks in.
+pub type Tick = u64;
+
+/// Whether `message` is for a [`LockServer`]; all others are for a [`LockClient`].
+pub fn is_for_server(message: &LockMessage) -> bool {
+    use LockMessage::*;
+    matches!(message, Lock { .. } | Cancel { .. } | Release { .. } | Taken { .. } | Refused { .. } | Glimpsed { .. })
+}

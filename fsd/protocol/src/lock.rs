@@ -26,7 +26,9 @@ pub struct Successor {
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum LockMessage {
     // ---- client to server, lane LOCK
-    Lock { request: RequestId, resource: Resource, mode: Mode, need: Range, want: Range, flags: LockFlags, upgrade: Option<GrantId> },
+    /// `after_releases`: how many RELEASEs this node sent to this server before; the server handles those first,
+    /// whatever the order in which the lanes deliver.
+    Lock { request: RequestId, resource: Resource, mode: Mode, need: Range, want: Range, flags: LockFlags, upgrade: Option<GrantId>, after_releases: u64 },
     Cancel { request: RequestId, resource: Resource },
     // ---- server to client, lane CTRL
     /// `from`: the old holder (slot, grant) from which HANDOVER will come; without it the storage is current.
