@@ -41,6 +41,7 @@
 //!    is therefore known when the request after it is answered.
 
 pub mod client;
+mod ranges;
 pub mod server;
 
 pub use client::{
@@ -57,4 +58,67 @@ pub type Tick = u64;
 pub fn is_for_server(message: &LockMessage) -> bool {
     use LockMessage::*;
     matches!(message, Lock { .. } | Cancel { .. } | Release { .. } | Taken { .. } | Refused { .. } | Glimpsed { .. })
+}
+
+/// Ways to be wrong, for tests that show that the tests would see it. All off: the machines as they are.
+#[doc(hidden)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct Mutations {
+    /// Server: grant as soon as the revokes are sent.
+    pub grant_before_release: bool,
+    /// Server: answer a one-shot request without freezing anybody.
+    pub skip_glimpse: bool,
+    /// Server: grow over whatever is there.
+    pub unclamped_growth: bool,
+    /// Server: let a LOCK overtake the RELEASE before it.
+    pub ignore_release_order: bool,
+    /// Client: pins enter fenced ranges.
+    pub skip_fence: bool,
+    /// Client: a fence does not wait for pins.
+    pub skip_drain: bool,
+    /// Client: a granted range may go before the pin that asked for it ran.
+    pub skip_reservation: bool,
+    /// Client: answers a glimpse but goes on extending.
+    pub skip_freeze: bool,
+    /// Client: uses a handed over range before its pages are there.
+    pub skip_fetch: bool,
+    /// Client: takes the volume's word although a pin has been through the fence.
+    pub skip_resweep: bool,
+    /// Client: gives up ranges it is asking for.
+    pub volunteer_asked: bool,
+    /// Client: says nothing when asked for a grant it does not know.
+    pub silent_on_unknown: bool,
+    /// Client: Exclusive pins do not exclude.
+    pub skip_exclusion: bool,
+}
+
+/// A value that is no part of a state's identity (counters, time stamps): the model checker does not tell
+/// states apart by it.
+#[derive(Clone, Copy, Default)]
+pub(crate) struct Uncompared<T>(pub T);
+
+impl<T> PartialEq for Uncompared<T> {
+    fn eq(&self, _: &Self) -> bool {
+        true
+    }
+}
+impl<T> Eq for Uncompared<T> {}
+impl<T> std::hash::Hash for Uncompared<T> {
+    fn hash<H: std::hash::Hasher>(&self, _: &mut H) {}
+}
+impl<T: std::fmt::Debug> std::fmt::Debug for Uncompared<T> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        self.0.fmt(f)
+    }
+}
+impl<T> std::ops::Deref for Uncompared<T> {
+    type Target = T;
+    fn deref(&self) -> &T {
+        &self.0
+    }
+}
+impl<T> std::ops::DerefMut for Uncompared<T> {
+    fn deref_mut(&mut self) -> &mut T {
+        &mut self.0
+    }
 }
