@@ -22,6 +22,15 @@ pub fn fcntl_lock(fd: impl AsFd, command: libc::c_int, lock: &mut libc::flock) -
     if done == -1 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
+/// The size of an extended attribute, asked for with an empty buffer (`rustix` does not pass the answer on).
+pub fn xattr_size(path: &std::path::Path, name: &str) -> io::Result<usize> {
+    use std::os::unix::ffi::OsStrExt;
+    let (path, name) = (std::ffi::CString::new(path.as_os_str().as_bytes())?, std::ffi::CString::new(name)?);
+    // SAFETY: both strings end with a zero byte, and with size 0 the kernel writes nothing.
+    let size = unsafe { libc::getxattr(path.as_ptr(), name.as_ptr(), std::ptr::null_mut(), 0) };
+    if size < 0 { Err(io::Error::last_os_error()) } else { Ok(size as usize) }
+}
+
 /// A mapping of a file, unmapped when dropped.
 pub struct Mapping {
     address: *mut u8,

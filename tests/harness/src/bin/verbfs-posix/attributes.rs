@@ -521,8 +521,7 @@ fn xattr_create_and_replace(c: &Context) -> Result<()> {
 fn xattr_sizes(c: &Context) -> Result<()> {
     File::create(c.a("f"))?;
     set(&c.a("f"), "user.five", b"12345", XattrFlags::empty())?;
-    let empty: &mut [u8] = &mut [];
-    same!(fs::getxattr(c.b("f"), "user.five", empty)?, 5, "size asked with an empty buffer");
+    same!(verbfs_harness::sys::xattr_size(&c.b("f"), "user.five")?, 5, "size asked with an empty buffer");
     let mut small = [0u8; 3];
     fails_with(fs::getxattr(c.b("f"), "user.five", &mut small[..]), &[Errno::RANGE], "getxattr into a small buffer")?;
     set(&c.b("f"), "user.empty", b"", XattrFlags::empty())?;

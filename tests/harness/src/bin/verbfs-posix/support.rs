@@ -31,8 +31,9 @@ macro_rules! checks {
 #[macro_export]
 macro_rules! same {
     ($left:expr, $right:expr, $($what:tt)+) => {{
-        let (left, right) = (&$left, &$right);
-        anyhow::ensure!(left == right, "{}: {:?}, expected {:?}", format!($($what)+), left, right);
+        match (&$left, &$right) {
+            (left, right) => anyhow::ensure!(left == right, "{}: {:?}, expected {:?}", format!($($what)+), left, right),
+        }
     }};
 }
 
