@@ -4,9 +4,9 @@ use std::collections::HashMap;
 use std::collections::hash_map;
 use verbfs_protocol::{FileLock, FileLockKind, Ino, LockOwner, LockSpace, Node, Slot};
 
-/// Most locks held and waited for by the processes of one node: bounds this home's memory to about 100 MB a
-/// node that leaks locks. Linux by default knows no limit; programs of many more locks than this were not seen.
-pub const LOCKS_PER_NODE_MAX: usize = 1 << 20;
+/// Most locks held and waited for by the processes of one node. Every call takes time in proportion to the locks of its
+/// file; this keeps it below a millisecond a node, whatever a program does.
+pub const LOCKS_PER_NODE_MAX: usize = 1 << 15;
 
 /// Names a waiting request for ever: the node that waits and a number of its choice.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -360,12 +360,17 @@ impl LockTable {
 
 /// Adds or subtracts the locks and waiters of a file to those of their nodes.
 fn count(per_node: &mut HashMap<Slot, usize>, file: &File, by: fn(usize, usize) -> usize) {
-    let locks = file.held.iter().chain(file.waiting.iter().map(|(_, wanted)| wanted));
-    for lock in locks {
-        let count = per_node.entry(lock.owner.slot).or_default();
-        *count = by(*count, 1);
+    let mut slots = file.held.iter().chain(file.waiting.iter().map(|(_, wanted)| wanted)).map(|lock| lock.owner.slot).peekable();
+    while let Some(slot) = slots.next() {
+        // One look-up for a row of locks of one node.
+        let mut row = 1;
+        while slots.next_if_eq(&slot).is_some() {
+            row += 1;
+        }
+        let count = per_node.entry(slot).or_default();
+        *count = by(*count, row);
         if *count == 0 {
-            per_node.remove(&lock.owner.slot);
+            per_node.remove(&slot);
         }
     }
 }
