@@ -56,6 +56,12 @@ struct Arguments {
     /// Seconds a check may take (ten times that with --long or --fill).
     #[arg(long, default_value_t = 60)]
     limit: u64,
+    /// Count a skipped check as failed, unless --may-skip names it: for a file system that promises all of it.
+    #[arg(long)]
+    strict: bool,
+    /// A check that --strict lets skip.
+    #[arg(long)]
+    may_skip: Vec<String>,
     /// Leave the files of failed checks in place.
     #[arg(long)]
     keep: bool,
@@ -157,7 +163,12 @@ fn main() -> ExitCode {
             continue;
         }
         let begun = Instant::now();
-        let outcome = run(check, &arguments, &mounts);
+        let outcome = match run(check, &arguments, &mounts) {
+            Outcome::Skipped(why) if arguments.strict && !arguments.may_skip.iter().any(|m| m == check.name) => {
+                Outcome::Failed(format!("skipped: {why}"))
+            }
+            outcome => outcome,
+        };
         let seconds = begun.elapsed().as_secs_f64();
         let slow = if seconds > 2.0 { format!(" ({seconds:.1} s)") } else { String::new() };
         match outcome {
