@@ -361,8 +361,7 @@ impl ControlServer {
                 };
                 if !user.is_root() && user != own_user {
                     tracing::warn!(user = user.as_raw(), "refused a control connection: not root");
-                    let message = "the control socket is for root only".to_string();
-                    let _ = send(&stream, &Response::Error { message });
+                    refuse(&stream, "the control socket is for root only");
                     return;
                 }
                 serve(stream, &handler, closing);
@@ -435,7 +434,7 @@ fn serve(stream: UnixStream, handler: &(impl Fn(Request) -> Response + ?Sized), 
                 Err(error) => Response::Error { message: format!("not a request this daemon understands: {error}") },
             },
             Err(error) if error.kind() == io::ErrorKind::InvalidData => {
-                let _ = send(&stream, &Response::Error { message: error.to_string() });
+                refuse(&stream, &error.to_string());
                 return;
             }
             Err(_) => return,
@@ -444,6 +443,16 @@ fn serve(stream: UnixStream, handler: &(impl Fn(Request) -> Response + ?Sized), 
             tracing::debug!(%error, "a control client left before its answer");
             return;
         }
+    }
+}
+
+/// Says why, then hangs up. What the client had sent is read first: closing over it would take our words back.
+fn refuse(stream: &UnixStream, message: &str) {
+    const PATIENCE: Duration = Duration::from_secs(1);
+    let limits = stream.set_read_timeout(Some(PATIENCE)).and(stream.set_write_timeout(Some(PATIENCE)));
+    if limits.is_ok() && send(stream, &Response::Error { message: message.into() }).is_ok() {
+        let _ = stream.shutdown(std::net::Shutdown::Write);
+        let _ = io::copy(&mut stream.take(MAX_REQUEST), &mut io::sink());
     }
 }
 
