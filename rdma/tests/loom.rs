@@ -126,10 +126,9 @@ fn immediates_follow_their_bytes() {
         }
         let woken = consumer.must_wake_producer::<Loom>(&ring.stalled);
         let pushed = producer.join().unwrap();
-        if pushed < 3 && expected > 0 && !woken {
-            // Full, and space was freed: either the producer was told, or its announcement is still there to be seen.
-            assert!(consumer.must_wake_producer::<Loom>(&ring.stalled), "the producer waits for ever");
-        }
+        // Three go into a ring of two as soon as one is popped: whoever still found it full overlooked the pop, so the
+        // consumer must have seen that it waits.
+        assert!(pushed == 3 || expected == 0 || woken, "the producer waits for ever");
     });
 }
 
