@@ -53,8 +53,8 @@ const _: () = assert!(MIN_CACHE <= MIN_ARENA);
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
     /// The file cannot be read.
-    #[error("cannot read the configuration {path}: {source}")]
-    Read { path: PathBuf, source: std::io::Error },
+    #[error("cannot read the configuration {path}: {error}")]
+    Read { path: PathBuf, error: std::io::Error },
     /// The file is not TOML, or holds an unknown key or a value of the wrong kind. The message names line and column.
     #[error("{path} is not a usable configuration:\n{message}(every key is documented in docs/example.toml)")]
     Parse { path: PathBuf, message: String },
@@ -276,7 +276,7 @@ impl Config {
     /// # Errors
     /// [`ConfigError::Read`], [`ConfigError::Parse`] or [`ConfigError::Invalid`], each naming `path`.
     pub fn load(path: &Path) -> Result<Config, ConfigError> {
-        let text = std::fs::read_to_string(path).map_err(|source| ConfigError::Read { path: path.into(), source })?;
+        let text = std::fs::read_to_string(path).map_err(|error| ConfigError::Read { path: path.into(), error })?;
         Config::parse(&text, path)
     }
 

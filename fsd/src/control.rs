@@ -97,7 +97,7 @@ pub struct MountOptions {
 #[serde(tag = "response", rename_all = "snake_case")]
 pub enum Response {
     Status(Status),
-    Locks(Locks),
+    Locks(LockList),
     Metrics {
         text: String,
     },
@@ -238,7 +238,7 @@ pub struct CacheUse {
 
 /// The locks of a file or a server.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
-pub struct Locks {
+pub struct LockList {
     /// The file asked for.
     pub ino: Option<u64>,
     /// A path of it, where one is known.
@@ -300,8 +300,8 @@ pub struct Top {
 /// Why a daemon could not be asked, or did not do what it was asked.
 #[derive(Debug, thiserror::Error)]
 pub enum ControlError {
-    #[error("no verbfs daemon answers at {socket}: {source}; start one with `verbfs start`")]
-    Unreachable { socket: PathBuf, source: io::Error },
+    #[error("no verbfs daemon answers at {socket}: {error}; start one with `verbfs start`")]
+    Unreachable { socket: PathBuf, error: io::Error },
     #[error("the verbfs daemon at {socket} is for root only: run this as root")]
     Forbidden { socket: PathBuf },
     #[error("the verbfs daemon at {socket} did not answer within {seconds} s; `verbfs status` shows whether it lives")]
@@ -314,8 +314,8 @@ pub enum ControlError {
         "the verbfs daemon at {socket} answered what this program does not understand ({problem}): is it of another version?"
     )]
     Nonsense { socket: PathBuf, problem: String },
-    #[error("lost the connection to the verbfs daemon at {socket}: {source}")]
-    Lost { socket: PathBuf, source: io::Error },
+    #[error("lost the connection to the verbfs daemon at {socket}: {error}")]
+    Lost { socket: PathBuf, error: io::Error },
     /// The daemon's own words.
     #[error("{0}")]
     Refused(String),
@@ -629,16 +629,16 @@ pub fn ask(socket: &Path, request: &Request) -> Result<Response, ControlError> {
 /// As [`ask`], with a time limit of its own.
 pub fn ask_within(socket: &Path, request: &Request, timeout: Duration) -> Result<Response, ControlError> {
     let path = || socket.to_path_buf();
-    let stream = UnixStream::connect(socket).map_err(|source| match source.kind() {
+    let stream = UnixStream::connect(socket).map_err(|error| match error.kind() {
         io::ErrorKind::PermissionDenied => ControlError::Forbidden { socket: path() },
-        _ => ControlError::Unreachable { socket: path(), source },
+        _ => ControlError::Unreachable { socket: path(), error },
     })?;
-    let failed = |source: io::Error| match source.kind() {
+    let failed = |error: io::Error| match source.kind() {
         io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => {
             ControlError::Timeout { socket: path(), seconds: timeout.as_secs() }
         }
         io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset => ControlError::Closed { socket: path() },
-        _ => ControlError::Lost { socket: path(), source },
+        _ => ControlError::Lost { socket: path(), error },
     };
     let timeout = timeout.max(Duration::from_millis(1)); // zero would mean for ever
     stream.set_read_timeout(Some(timeout)).and(stream.set_write_timeout(Some(timeout))).map_err(failed)?;
@@ -859,7 +859,7 @@ mod tests {
     fn answer(request: Request) -> Response {
         match request {
             Request::Status => Response::Status(status()),
-            Request::Locks(locks) => Response::Locks(Locks { ino: locks.ino, ..Locks::default() }),
+            Request::Locks(locks) => Response::Locks(LockList { ino: locks.ino, ..LockList::default() }),
             Request::Stop { .. } => Response::Done,
             Request::Top => {
                 std::thread::sleep(Duration::from_millis(300));
