@@ -633,7 +633,7 @@ pub fn ask_within(socket: &Path, request: &Request, timeout: Duration) -> Result
         io::ErrorKind::PermissionDenied => ControlError::Forbidden { socket: path() },
         _ => ControlError::Unreachable { socket: path(), error },
     })?;
-    let failed = |error: io::Error| match source.kind() {
+    let failed = |error: io::Error| match error.kind() {
         io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => {
             ControlError::Timeout { socket: path(), seconds: timeout.as_secs() }
         }
