@@ -9,7 +9,7 @@
 //! connections. It ends, with [`Event::SessionLost`], when the peer comes back in a later incarnation (of the node, or of
 //! the daemon alone: sequence numbers live in its memory), when it is fenced or refused, or when it refuses us as such.
 
-use std::collections::BTreeSet;
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io;
 use std::os::fd::RawFd;
@@ -138,6 +138,15 @@ pub struct Statistics {
     pub sessions_lost: u64,
 }
 
+/// How far a `connect` has come. An earlier connection's end concerns only an attempt that has a connection.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Attempt {
+    /// The fabric has yet to say what came of it.
+    Connecting,
+    /// The mailboxes are being set up.
+    SettingUp,
+}
+
 /// See the module.
 pub struct Endpoint {
     fabric: Box<dyn Fabric>,
@@ -147,7 +156,7 @@ pub struct Endpoint {
     /// Slots with a link.
     linked: Vec<u16>,
     /// Slots for which a `connect` has had no outcome yet.
-    attempts: BTreeSet<u16>,
+    attempts: BTreeMap<u16, Attempt>,
     generation: u32,
     fabric_events: Vec<FabricEvent>,
     /// Found outside `poll`, reported by the next one.
@@ -181,7 +190,7 @@ impl Endpoint {
             limits,
             sessions: Vec::new(),
             linked: Vec::new(),
-            attempts: BTreeSet::new(),
+            attempts: BTreeMap::new(),
             generation: 0,
             fabric_events: Vec::new(),
             waiting: Vec::new(),
@@ -203,13 +212,15 @@ impl Endpoint {
     }
 
     /// Starts to connect to `slot`. `Connected` or `ConnectFailed` follows; neither when it is connected already.
+    /// A peer that has proved the key and then stands still delays the outcome: [`Endpoint::disconnect`] gives it up.
     ///
     /// # Errors
     /// [`ConnectError::InvalidSlot`] for our own slot or one out of range.
     pub fn connect(&mut self, slot: u16) -> Result<(), ConnectError> {
-        self.fabric.connect(slot)?;
-        if !self.is_connected(slot) {
-            self.attempts.insert(slot);
+        if self.fabric.connect(slot)? {
+            self.attempts.insert(slot, Attempt::Connecting);
+        } else if !self.is_connected(slot) {
+            self.attempts.insert(slot, Attempt::SettingUp);
         }
         Ok(())
     }
@@ -423,6 +434,11 @@ impl Endpoint {
         true
     }
 
+    /// Makes `event_fd` readable: wakes the thread that sleeps on it, at the price of a system call.
+    pub fn interrupt(&self) {
+        self.fabric.interrupt();
+    }
+
     /// Breaks the connection and nothing else: the session resumes over the next one. Fault injection.
     pub fn disconnect(&mut self, slot: u16) {
         self.fabric.disconnect(slot, DisconnectReason::Local);
@@ -515,11 +531,16 @@ impl Endpoint {
         self.statistics.sessions_lost += 1;
         tracing::info!(slot, ?incarnation, %loss, "session lost");
         self.waiting.push(Event::SessionLost { slot, incarnation, loss });
+        // The thread that polls may be asleep.
+        self.fabric.interrupt();
     }
 
     fn handle(&mut self, event: FabricEvent, events: &mut Vec<Event>) {
         match event {
             FabricEvent::Connected { slot, hello } => {
+                if let Some(attempt) = self.attempts.get_mut(&slot) {
+                    *attempt = Attempt::SettingUp;
+                }
                 if let Err(error) = self.start_link(slot, hello, events) {
                     tracing::error!(slot, %error, "no memory for a session");
                     self.fabric.disconnect(slot, DisconnectReason::Local);
@@ -530,7 +551,7 @@ impl Endpoint {
                     self.lose_session(slot, SessionLoss::RefusedByPeer(refusal));
                     events.append(&mut self.waiting);
                 }
-                if self.attempts.remove(&slot) {
+                if self.attempts.remove(&slot).is_some() {
                     events.push(Event::ConnectFailed { slot, reason });
                 }
             }
@@ -547,9 +568,14 @@ impl Endpoint {
                 if was_connected || matches!(reason, DisconnectReason::Protocol(_)) {
                     events.push(Event::Disconnected { slot, reason });
                 }
-                // A replaced connection's attempt lives on in the one that took its place.
-                if reason != DisconnectReason::Replaced && self.attempts.remove(&slot) {
-                    events.push(Event::ConnectFailed { slot, reason: ConnectError::Broken });
+                if self.attempts.get(&slot) == Some(&Attempt::SettingUp) {
+                    if reason == DisconnectReason::Replaced {
+                        // The attempt lives on in the connection that took this one's place.
+                        self.attempts.insert(slot, Attempt::Connecting);
+                    } else {
+                        self.attempts.remove(&slot);
+                        events.push(Event::ConnectFailed { slot, reason: ConnectError::Broken });
+                    }
                 }
             }
             FabricEvent::Completed { slot, work_id, result } => {

@@ -189,6 +189,7 @@ pub enum FenceError {
 pub enum FabricEvent {
     Connected { slot: u16, hello: Hello },
     ConnectFailed { slot: u16, reason: ConnectError },
+    /// Only after `Connected`.
     Disconnected { slot: u16, reason: DisconnectReason },
     /// One of our operations is over. In posting order per connection.
     Completed { slot: u16, work_id: u64, result: Result<(), WorkError> },
@@ -231,11 +232,11 @@ pub trait Fabric: Send {
     /// # Errors
     /// What binding the address says; `AddrInUse` when another daemon listens there.
     fn listen(&mut self) -> std::io::Result<()>;
-    /// Starts to connect. `Connected` or `ConnectFailed` follows.
+    /// Starts to connect, or joins an attempt under way: `Connected` or `ConnectFailed` follows. False: connected already.
     ///
     /// # Errors
     /// When the slot is our own or out of range.
-    fn connect(&mut self, slot: u16) -> Result<(), ConnectError>;
+    fn connect(&mut self, slot: u16) -> Result<bool, ConnectError>;
     /// Ends the connection, if there is one; `Disconnected` with `reason` follows.
     fn disconnect(&mut self, slot: u16, reason: DisconnectReason);
     /// After it returns `Ok`, no operation of that peer's known incarnations can change our memory, and they cannot connect again.
@@ -290,6 +291,8 @@ pub trait Fabric: Send {
     fn event_fd(&self) -> RawFd;
     /// Announces that the caller is about to sleep on `event_fd`. False: something is pending, poll instead.
     fn arm(&mut self) -> bool;
+    /// Makes `event_fd` readable, so that whoever sleeps on it polls.
+    fn interrupt(&self);
     /// Takes the announcement back.
     fn disarm(&mut self);
     /// Event descriptor writes so far.

@@ -173,7 +173,7 @@ fn operations_take_effect_in_order<P: Provider>() {
     let (_directory, mut a, mut b) = pair::<P>();
     let target = b.endpoint.register_memory(4096).unwrap();
     let local = a.endpoint.register_local_memory(64 * 1024).unwrap();
-    let mut runner = proptest::test_runner::TestRunner::new(ProptestConfig::with_cases(40));
+    let mut runner = proptest::test_runner::TestRunner::new(ProptestConfig::with_cases(200));
     let nodes = std::cell::RefCell::new((&mut a, &mut b));
     let strategy = proptest::collection::vec(step(), 1..60);
     runner
@@ -310,7 +310,7 @@ fn random_messages_stay_in_order<P: Provider>() {
     let nodes = std::cell::RefCell::new((&mut a, &mut b));
     let length = prop_oneof![8 => 0..200usize, 4 => 900..1100usize, 1 => 1025..300_000usize];
     let strategy = proptest::collection::vec((0..5usize, length, any::<bool>()), 1..400);
-    let mut runner = proptest::test_runner::TestRunner::new(ProptestConfig::with_cases(25));
+    let mut runner = proptest::test_runner::TestRunner::new(ProptestConfig::with_cases(150));
     runner
         .run(&strategy, |messages| {
             let (a, b) = &mut *nodes.borrow_mut();
@@ -373,7 +373,7 @@ fn sessions_survive_broken_connections<P: Provider>() {
         proptest::collection::vec((0..300usize, 0..5u8), 1..12),
     );
     let resent = std::cell::Cell::new(0);
-    let mut runner = proptest::test_runner::TestRunner::new(ProptestConfig::with_cases(25));
+    let mut runner = proptest::test_runner::TestRunner::new(ProptestConfig::with_cases(150));
     runner
         .run(&strategy, |(messages, breaks)| {
             let (_directory, mut a, mut b) = pair::<P>();
@@ -593,6 +593,40 @@ fn sleepers_are_woken<P: Provider>() {
     });
     let wakeups = a.endpoint.statistics().wakeups_written + b.endpoint.statistics().wakeups_written;
     assert!(wakeups > 0 && wakeups <= 2 * ROUNDS, "{wakeups} wake-ups for {ROUNDS} rounds");
+}
+
+/// One thread sleeps in the event descriptor, another posts: the sleeper is woken by the completion.
+fn completions_wake_the_polling_thread<P: Provider>() {
+    let (_directory, mut a, mut b) = pair::<P>();
+    let target = b.endpoint.register_memory(4096).unwrap();
+    let local = a.endpoint.register_local_memory(4096).unwrap();
+    let descriptor = a.endpoint.event_fd();
+    let a = std::sync::Mutex::new(a);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            let mut completed = 0;
+            while completed < 500 {
+                let armed = {
+                    let mut a = a.lock().unwrap();
+                    a.poll();
+                    completed += std::mem::take(&mut a.events).len();
+                    completed < 500 && a.endpoint.arm()
+                };
+                if armed {
+                    let mut entry = libc::pollfd { fd: descriptor, events: libc::POLLIN, revents: 0 };
+                    // SAFETY: one valid pollfd.
+                    let ready = unsafe { libc::poll(&mut entry, 1, PATIENCE.as_millis() as i32) };
+                    assert_eq!(ready, 1, "nobody woke us");
+                }
+            }
+        });
+        for id in 0..500 {
+            a.lock().unwrap().endpoint.read(2, &local, 0, target.key(), 0, 64, id).unwrap();
+            if id % 10 == 0 {
+                std::thread::sleep(Duration::from_micros(200));
+            }
+        }
+    });
 }
 
 /// A sender that sleeps with a backlog is woken by the credit that comes back.
@@ -1061,6 +1095,7 @@ conformance! {
     strangers_are_refused,
     simultaneous_connections_become_one,
     sleepers_are_woken,
+    completions_wake_the_polling_thread,
     credit_wakes_a_sleeping_sender,
     immediates_arrive_in_order_and_none_is_lost,
     a_garbage_record_costs_the_connection_only,

@@ -130,7 +130,10 @@ struct Connection {
 #[derive(Default)]
 struct Peer {
     connection: Option<Box<Connection>>,
+    /// A handshake of ours is under way.
     connecting: bool,
+    /// Somebody asked for a connection and waits for the outcome.
+    awaited: bool,
     processes: Vec<Process>,
     /// Pages through which an endpoint in this process could still reach us.
     insiders: Vec<Arc<Page>>,
@@ -219,6 +222,14 @@ impl ShmFabric {
         Ok(region)
     }
 
+    /// Leaves an event for `poll`. Whoever sleeps on the event descriptor may be another thread than the one that caused it.
+    fn report(&mut self, event: FabricEvent) {
+        if self.armed && self.events.is_empty() {
+            socket::signal_event(self.shared.event.as_raw_fd());
+        }
+        self.events.push_back(event);
+    }
+
     /// Queues a frame behind those that wait, and sends what the socket takes.
     fn enqueue(&mut self, slot: u16, frame: Frame) {
         let Some(connection) = self.peers[usize::from(slot)].connection.as_mut() else { return };
@@ -233,11 +244,14 @@ impl ShmFabric {
         }
     }
 
-    fn attach_failed(&mut self, slot: u16, initiated_here: bool, error: &io::Error) {
-        if initiated_here {
-            let reason = ConnectError::System(error.raw_os_error().unwrap_or(libc::EIO));
-            self.events.push_back(FabricEvent::ConnectFailed { slot, reason });
+    fn fail(&mut self, slot: u16, reason: ConnectError) {
+        if std::mem::take(&mut self.peer(slot).awaited) {
+            self.report(FabricEvent::ConnectFailed { slot, reason });
         }
+    }
+
+    fn attach_failed(&mut self, slot: u16, error: &io::Error) {
+        self.fail(slot, ConnectError::System(error.raw_os_error().unwrap_or(libc::EIO)));
     }
 
     fn attach(&mut self, established: Established) {
@@ -250,7 +264,7 @@ impl ShmFabric {
         // The world may have changed since the handshake.
         if let Err(refusal) = self.shared.admit(slot, hello.incarnation) {
             if initiated_here {
-                self.events.push_back(FabricEvent::ConnectFailed { slot, reason: ConnectError::RefusedByUs(refusal) });
+                self.fail(slot, ConnectError::RefusedByUs(refusal));
             }
             return;
         }
@@ -272,7 +286,7 @@ impl ShmFabric {
             Ok(created) => created,
             Err(error) => {
                 tracing::error!(slot, %error, "no memory for a connection");
-                return self.attach_failed(slot, initiated_here, &error);
+                return self.attach_failed(slot, &error);
             }
         };
         let page = Arc::new(page);
@@ -288,7 +302,7 @@ impl ShmFabric {
             Ok(signal) => signal,
             Err(error) => {
                 tracing::error!(slot, %error, "cannot watch a connection");
-                return self.attach_failed(slot, initiated_here, &error);
+                return self.attach_failed(slot, &error);
             }
         };
         self.shared.change_admission(slot, |admission| admission.minimum = admission.minimum.max(Some(hello.incarnation)));
@@ -352,9 +366,10 @@ impl ShmFabric {
             match connection.receive_frame() {
                 Ok(Some(Arrival::Attached)) => {
                     let hello = connection.hello;
-                    self.events.push_back(FabricEvent::Connected { slot, hello });
+                    self.peer(slot).awaited = false;
+                    self.report(FabricEvent::Connected { slot, hello });
                 }
-                Ok(Some(Arrival::Control(bytes))) => self.events.push_back(FabricEvent::Control { slot, bytes }),
+                Ok(Some(Arrival::Control(bytes))) => self.report(FabricEvent::Control { slot, bytes }),
                 Ok(Some(Arrival::Region)) => {}
                 Ok(None) => {
                     if connection.process_is_gone() {
@@ -438,7 +453,7 @@ impl ShmFabric {
 
     fn complete(&mut self, slot: u16, operation: &Operation<&Region>, result: Result<(), WorkError>) {
         if !matches!(operation.verb, Verb::Publish) {
-            self.events.push_back(FabricEvent::Completed { slot, work_id: operation.work_id, result });
+            self.report(FabricEvent::Completed { slot, work_id: operation.work_id, result });
         }
     }
 
@@ -712,7 +727,7 @@ impl Fabric for ShmFabric {
         self.shared.add_listener(descriptor.as_fd())
     }
 
-    fn connect(&mut self, slot: u16) -> Result<(), ConnectError> {
+    fn connect(&mut self, slot: u16) -> Result<bool, ConnectError> {
         if slot == self.shared.hello.slot || slot >= SLOTS_MAXIMUM {
             return Err(ConnectError::InvalidSlot(slot));
         }
@@ -720,12 +735,14 @@ impl Fabric for ShmFabric {
         if let Some(connection) = &peer.connection
             && !socket::has_hung_up(connection.socket.as_fd())
         {
-            return Ok(());
+            peer.awaited = connection.remote.is_none();
+            return Ok(peer.awaited);
         }
+        peer.awaited = true;
         if !std::mem::replace(&mut peer.connecting, true) {
             self.shared.connect(slot);
         }
-        Ok(())
+        Ok(true)
     }
 
     fn disconnect(&mut self, slot: u16, reason: DisconnectReason) {
@@ -741,13 +758,22 @@ impl Fabric for ShmFabric {
         for operation in connection.pending.drain(..) {
             if !matches!(operation.verb, Verb::Publish) {
                 let result = Err(WorkError::Flushed);
-                self.events.push_back(FabricEvent::Completed { slot, work_id: operation.work_id, result });
+                self.report(FabricEvent::Completed { slot, work_id: operation.work_id, result });
             }
         }
         if !matches!(reason, DisconnectReason::Local | DisconnectReason::PeerClosed | DisconnectReason::Replaced) {
             tracing::warn!(slot, %reason, "connection ended");
         }
-        self.events.push_back(FabricEvent::Disconnected { slot, reason });
+        if connection.remote.is_some() {
+            self.report(FabricEvent::Disconnected { slot, reason });
+        }
+        let peer = self.peer(slot);
+        if reason == DisconnectReason::Replaced {
+            // Whoever had an interest in this connection has it in the next.
+            peer.awaited = true;
+        } else if peer.awaited && !peer.connecting {
+            self.fail(slot, ConnectError::Broken);
+        }
     }
 
     fn fence(&mut self, slot: u16) -> Result<(), FenceError> {
@@ -884,7 +910,10 @@ impl Fabric for ShmFabric {
                     Outcome::Established(established) => self.attach(established),
                     Outcome::Failed { slot, reason } => {
                         self.peer(slot).connecting = false;
-                        self.events.push_back(FabricEvent::ConnectFailed { slot, reason });
+                        // A connection the peer made may still be what was asked for.
+                        if self.peer(slot).connection.is_none() {
+                            self.fail(slot, reason);
+                        }
                     }
                 }
             }
@@ -937,6 +966,10 @@ impl Fabric for ShmFabric {
         true
     }
 
+    fn interrupt(&self) {
+        socket::signal_event(self.shared.event.as_raw_fd());
+    }
+
     fn disarm(&mut self) {
         self.armed = false;
         for slot in &self.active {
@@ -964,5 +997,256 @@ impl Drop for ShmFabric {
         if let Some(background) = self.background.take() {
             let _ = background.join();
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use std::os::fd::FromRawFd;
+
+    fn fabric(directory: &std::path::Path, slot: u16, handshake_timeout: Duration) -> ShmFabric {
+        ShmFabric::new(ShmConfig {
+            slot,
+            incarnation: Incarnation { node: 1, daemon: 1 },
+            cluster: "unit".into(),
+            key: [3; 32],
+            directory: directory.into(),
+            handshake_timeout,
+            fence_timeout: Duration::from_secs(10),
+        })
+        .unwrap()
+    }
+
+    fn wait_for<T>(fabrics: &mut [&mut ShmFabric], mut wanted: impl FnMut(usize, &FabricEvent) -> Option<T>) -> T {
+        let deadline = Instant::now() + Duration::from_secs(30);
+        loop {
+            for (index, fabric) in fabrics.iter_mut().enumerate() {
+                let mut events = Vec::new();
+                fabric.poll(&mut events);
+                if let Some(found) = events.iter().find_map(|event| wanted(index, event)) {
+                    return found;
+                }
+            }
+            assert!(Instant::now() < deadline, "nothing came");
+            std::thread::yield_now();
+        }
+    }
+
+    /// Two ends of a socket; the first stands in a connection as if its handshake were done.
+    fn raw_connection() -> (Connection, OwnedFd) {
+        let mut ends = [0; 2];
+        // SAFETY: room for two descriptors.
+        let made = unsafe {
+            libc::socketpair(libc::AF_UNIX, libc::SOCK_SEQPACKET | libc::SOCK_CLOEXEC, 0, ends.as_mut_ptr())
+        };
+        assert_eq!(made, 0);
+        // SAFETY: both descriptors are new and ours.
+        let (near, far) = unsafe { (OwnedFd::from_raw_fd(ends[0]), OwnedFd::from_raw_fd(ends[1])) };
+        let hello = Hello::new("unit", 1, Incarnation { node: 1, daemon: 1 });
+        let connection = Connection {
+            token: 0,
+            socket: near,
+            signal: Arc::default(),
+            hello,
+            initiated_here: true,
+            process: None,
+            page: Arc::new(Page::create().unwrap().0),
+            consumer: Consumer::default(),
+            remote: None,
+            producer: Producer::default(),
+            mappings: Vec::new(),
+            outgoing: VecDeque::new(),
+            pending: VecDeque::new(),
+        };
+        (connection, far)
+    }
+
+    fn attach(connection: &mut Connection, far: &OwnedFd) {
+        let (_, page) = Page::create().unwrap();
+        let event = socket::event_descriptor().unwrap();
+        socket::send(far.as_fd(), &[FRAME_ATTACH], &[Arc::new(page), Arc::new(event)]).unwrap();
+        assert!(matches!(connection.receive_frame(), Ok(Some(Arrival::Attached))));
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(300))]
+        #[test]
+        fn any_frame_is_taken_or_refused(
+            attached: bool,
+            tag in 0u8..6,
+            body in proptest::collection::vec(any::<u8>(), 0..600),
+            descriptors in 0..3usize,
+            sealed: bool,
+        ) {
+            let (mut connection, far) = raw_connection();
+            if attached {
+                attach(&mut connection, &far);
+            }
+            let descriptors: Vec<Arc<OwnedFd>> = (0..descriptors)
+                .map(|_| if sealed { socket::sealed_memory(4096) } else { socket::event_descriptor() })
+                .map(|made| Arc::new(made.unwrap()))
+                .collect();
+            let bytes = [&[tag], body.as_slice()].concat();
+            socket::send(far.as_fd(), &bytes, &descriptors).unwrap();
+            match connection.receive_frame() {
+                Ok(Some(Arrival::Region)) => {
+                    prop_assert!(tag == FRAME_FORGET || tag == FRAME_REGION && connection.mappings.len() == 1);
+                }
+                Ok(Some(Arrival::Control(control))) => prop_assert!(attached && tag == FRAME_CONTROL && control == body),
+                Ok(Some(Arrival::Attached)) => prop_assert!(false, "no attach frame was sent that is right"),
+                Ok(None) => prop_assert!(false, "a frame went missing"),
+                Err(reason) => prop_assert!(matches!(reason, DisconnectReason::Protocol(_))),
+            }
+        }
+    }
+
+    #[test]
+    fn regions_shorter_than_they_say_are_refused() {
+        let announce = |length: u64, sealed: u8| {
+            let mut bytes = vec![FRAME_REGION, sealed, 1, 0, 0, 0];
+            bytes.extend_from_slice(&length.to_le_bytes());
+            bytes
+        };
+        let plain = |length: u64| {
+            let file = tempfile::tempfile().unwrap();
+            file.set_len(length).unwrap();
+            OwnedFd::from(file)
+        };
+        for (length, sealed, memory, fine) in [
+            (4096, 1, socket::sealed_memory(4096).unwrap(), true),
+            (4097, 1, socket::sealed_memory(4096).unwrap(), false),
+            (u64::MAX, 1, socket::sealed_memory(4096).unwrap(), false),
+            (0, 1, socket::sealed_memory(4096).unwrap(), false),
+            (4096, 1, plain(4096), false),
+            (4096, 0, plain(4096), true),
+            (4096, 0, plain(4095), false),
+            (4096, 0, socket::event_descriptor().unwrap(), false),
+        ] {
+            let (mut connection, far) = raw_connection();
+            attach(&mut connection, &far);
+            socket::send(far.as_fd(), &announce(length, sealed), &[Arc::new(memory)]).unwrap();
+            let taken = matches!(connection.receive_frame(), Ok(Some(Arrival::Region)));
+            assert_eq!(taken, fine, "length {length}, sealed {sealed}");
+        }
+    }
+
+    #[test]
+    fn an_impossible_counter_ends_the_connection() {
+        let directory = tempfile::tempdir().unwrap();
+        let mut a = fabric(directory.path(), 1, Duration::from_secs(10));
+        let mut b = fabric(directory.path(), 2, Duration::from_secs(10));
+        b.listen().unwrap();
+        a.connect(2).unwrap();
+        let mut up = 0;
+        wait_for(&mut [&mut a, &mut b], |_, event| {
+            up += usize::from(matches!(event, FabricEvent::Connected { .. }));
+            (up == 2).then_some(())
+        });
+        let target = b.register_memory(4096, Access::Everyone).unwrap();
+        let local = a.register_memory(4096, Access::Local).unwrap();
+        b.peers[1].connection.as_ref().unwrap().page.consumed().store(u64::MAX, Ordering::SeqCst);
+        for work_id in 0..=page::IMMEDIATES as u64 {
+            let source = Local { region: &local, offset: 0, length: 8 };
+            let remote = Remote { key: target.key(), offset: 0 };
+            if a.write_with_immediate(2, source, remote, 1, work_id).is_err() {
+                break;
+            }
+        }
+        let reason = wait_for(&mut [&mut a], |_, event| match event {
+            FabricEvent::Disconnected { reason, .. } => Some(*reason),
+            _ => None,
+        });
+        assert!(matches!(reason, DisconnectReason::Protocol(_)));
+    }
+
+    #[test]
+    fn garbage_on_the_socket_harms_nobody() {
+        let directory = tempfile::tempdir().unwrap();
+        let mut a = fabric(directory.path(), 1, Duration::from_secs(10));
+        a.listen().unwrap();
+        let path = directory.path().join("1.sock");
+        let mut runner = proptest::test_runner::TestRunner::deterministic();
+        let mut silent = Vec::new();
+        for round in 0..200 {
+            let stranger = match socket::connect(&path) {
+                Ok(stranger) => stranger,
+                Err(error) => {
+                    assert_eq!(error.raw_os_error(), Some(libc::EAGAIN));
+                    continue;
+                }
+            };
+            let tree = proptest::collection::vec(any::<u8>(), 1..200).new_tree(&mut runner).unwrap();
+            let mut bytes = proptest::strategy::ValueTree::current(&tree);
+            if round % 2 == 0 {
+                // Right on the outside: it gets further in.
+                let mut hello = Hello::new("unit", 2, Incarnation { node: 1, daemon: 1 }).encode().to_vec();
+                hello.insert(0, 1);
+                bytes.resize(32, 7);
+                hello.extend_from_slice(&bytes);
+                let _ = socket::send(stranger.as_fd(), &hello, &[]);
+            }
+            let memory = socket::sealed_memory(4096).unwrap();
+            let _ = socket::send(stranger.as_fd(), &bytes, &[Arc::new(memory)]);
+            if round % 20 == 0 {
+                // Says no more and does not go.
+                silent.push(stranger);
+            }
+        }
+        let mut b = fabric(directory.path(), 2, Duration::from_secs(10));
+        let deadline = Instant::now() + Duration::from_secs(30);
+        loop {
+            b.connect(1).unwrap();
+            let connected = wait_for(&mut [&mut b, &mut a], |index, event| match event {
+                FabricEvent::Connected { .. } if index == 0 => Some(true),
+                FabricEvent::ConnectFailed { .. } => Some(false),
+                _ => None,
+            });
+            if connected {
+                break;
+            }
+            // Busy with strangers, who are let go of in time.
+            assert!(Instant::now() < deadline);
+        }
+        assert_eq!(a.active, [2]);
+    }
+
+    #[test]
+    fn a_silent_peer_blocks_for_a_bounded_time() {
+        let directory = tempfile::tempdir().unwrap();
+        let listener = socket::listen(&directory.path().join("2.sock")).unwrap();
+        let mut a = fabric(directory.path(), 1, Duration::from_millis(100));
+        a.connect(2).unwrap();
+        let reason = wait_for(&mut [&mut a], |_, event| match event {
+            FabricEvent::ConnectFailed { reason, .. } => Some(reason.clone()),
+            _ => None,
+        });
+        assert_eq!(reason, ConnectError::TimedOut);
+        drop(listener);
+        // A silent caller is hung up on.
+        a.listen().unwrap();
+        let caller = socket::connect(&directory.path().join("1.sock")).unwrap();
+        let deadline = Instant::now() + Duration::from_secs(30);
+        assert!(socket::wait_readable(caller.as_fd(), deadline).unwrap());
+        assert!(socket::has_hung_up(caller.as_fd()));
+    }
+
+    #[test]
+    fn one_slot_has_one_listener() {
+        let directory = tempfile::tempdir().unwrap();
+        let mut first = fabric(directory.path(), 1, Duration::from_secs(10));
+        first.listen().unwrap();
+        let mut second = fabric(directory.path(), 1, Duration::from_secs(10));
+        assert_eq!(second.listen().unwrap_err().kind(), io::ErrorKind::AddrInUse);
+        drop(first);
+        second.listen().unwrap();
+        // What a killed daemon leaves behind is no obstacle.
+        drop(second);
+        let path = directory.path().join("1.sock");
+        let abandoned = socket::listen(&path).unwrap();
+        drop(abandoned);
+        assert!(path.exists());
+        fabric(directory.path(), 1, Duration::from_secs(10)).listen().unwrap();
     }
 }
