@@ -312,6 +312,8 @@ pub struct LockServer {
     options: ServerOptions,
     entries: BTreeMap<Resource, Entry>,
     peers: BTreeMap<Slot, Peer>,
+    /// Inodes whose pages go home rather than to a successor, and how many asked for that.
+    hand_over_paused: BTreeMap<Ino, u32>,
     last_grant: u64,
     last_round: u32,
     counters: Uncompared<ServerCounters>,
@@ -331,6 +333,7 @@ impl LockServer {
             options,
             entries: BTreeMap::new(),
             peers: BTreeMap::new(),
+            hand_over_paused: BTreeMap::new(),
             last_grant: 0,
             last_round: 0,
             counters: Uncompared::default(),
@@ -472,6 +475,7 @@ impl LockServer {
             }
             if let [(old, range, held)] = &conflicts[..]
                 && self.options.hand_over
+                && !self.hand_over_paused.contains_key(&resource.ino)
                 && resource.class == Class::Data
                 && (mode, held.mode) == (Mode::X, Mode::X)
                 && range.contains(waiter.need)
@@ -835,6 +839,21 @@ impl LockServer {
             self.forget_in_round(resource, slot);
             self.end_round_if_answered(resource, effects);
             self.rescan(resource, effects);
+        }
+    }
+
+    /// From here on revokes of this inode's DATA have dirty pages written home: a SYNC that has listed the holders
+    /// must meet every dirty page at one of them. Calls nest; each needs its [`LockServer::resume_hand_over`].
+    pub fn pause_hand_over(&mut self, ino: Ino) {
+        *self.hand_over_paused.entry(ino).or_default() += 1;
+    }
+
+    pub fn resume_hand_over(&mut self, ino: Ino) {
+        if let Some(count) = self.hand_over_paused.get_mut(&ino) {
+            *count -= 1;
+            if *count == 0 {
+                self.hand_over_paused.remove(&ino);
+            }
         }
     }
 

@@ -753,19 +753,19 @@ impl World {
             let key = (resource, page);
             let holders = self.servers[resource.server as usize].holders(resource);
             let here = |handing: bool| holders.iter().find(|holder| holder.mode == Mode::X && holder.range.overlaps(at) && holder.handing == handing);
-            let copy = |slot: Slot| {
-                let node = &self.nodes[slot as usize];
-                let in_transit = || node.transits.values().filter(|(other, _)| *other == resource).flat_map(|(_, pages)| pages).find(|entry| entry.0 == page).map(|entry| entry.1);
-                node.cache.get(&key).map(|&(version, _)| version).or_else(in_transit)
-            };
-            let fetched = |slot: Slot| self.nodes[slot as usize].client.held(resource, at).and_then(|_| self.nodes[slot as usize].cache.get(&key)).map(|&(version, _)| version);
             let stored = self.storage.get(&key).copied().unwrap_or(0);
-            let truth = match (here(false), here(true)) {
-                (Some(new), Some(old)) => fetched(new.slot).or_else(|| copy(old.slot)),
-                (Some(new), None) => fetched(new.slot),
-                (None, Some(old)) => copy(old.slot),
-                (None, None) => None,
+            // A copy in transit counts only under the grant the server knows: others wait to be dropped.
+            let fetched = |holder: &HolderView| {
+                let node = &self.nodes[holder.slot as usize];
+                let held = node.client.grants().any(|view| view.resource == resource && view.range.overlaps(at) && !view.incoming && !view.in_transit);
+                held.then(|| node.cache.get(&key).map(|&(version, _)| version)).flatten()
             };
+            let in_transit = |holder: &HolderView| {
+                let kept = self.nodes[holder.slot as usize].transits.iter().filter(|((grant, _), (other, _))| (*grant, *other) == (holder.grant, resource));
+                kept.flat_map(|(_, (_, pages))| pages).find(|entry| entry.0 == page).map(|entry| entry.1)
+            };
+            let candidates = [here(false), here(true)];
+            let truth = candidates.iter().flatten().find_map(|holder| fetched(holder).or_else(|| in_transit(holder)));
             self.latest.insert(key, truth.unwrap_or(stored));
         }
         let resources: Vec<Resource> = self.true_sizes.keys().copied().collect();
