@@ -42,6 +42,32 @@ fn measure(name: &str, payload: usize, rounds: u64, mut round: impl FnMut(u64)) 
     report(name, payload, samples);
 }
 
+/// What is written to an event descriptor.
+static ONE: u64 = 1;
+
+/// Where the two processes run. Waking an idle core costs far more than a switch on a busy one, so both are measured.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Cores {
+    Two,
+    One,
+}
+
+impl Cores {
+    fn name(self) -> &'static str {
+        if self == Cores::Two { "two_cores" } else { "one_core" }
+    }
+    /// Binds the calling process, which has one thread yet or whose later threads inherit it.
+    fn bind(self, far: bool) {
+        // SAFETY: an all-zero set is valid.
+        let mut set: libc::cpu_set_t = unsafe { std::mem::zeroed() };
+        // SAFETY: `set` is valid, and its size is what we say. On a machine with one core the call fails, harmlessly.
+        unsafe {
+            libc::CPU_SET(usize::from(self == Cores::Two && far), &mut set);
+            libc::sched_setaffinity(0, size_of::<libc::cpu_set_t>(), &set);
+        }
+    }
+}
+
 /// Runs `child` in a forked process. Only while this process has one thread.
 fn fork(child: impl FnOnce()) -> libc::pid_t {
     // SAFETY: no other thread exists yet, so the child may do anything.
@@ -72,7 +98,9 @@ fn cache_line(rounds: u64) {
         &*memory.cast()
     };
     let (ping, pong) = (&words[0], &words[32]);
+    Cores::Two.bind(false);
     let child = fork(|| {
+        Cores::Two.bind(true);
         for number in 1.. {
             while ping.load(Ordering::Acquire) != number {
                 std::hint::spin_loop();
@@ -95,12 +123,12 @@ fn wait(descriptor: RawFd) {
     unsafe { libc::poll(&mut entry, 1, -1) };
 }
 
-fn event_descriptor(rounds: u64) {
+fn event_descriptor(rounds: u64, cores: Cores) {
     // SAFETY: no pointers are passed.
     let (ping, pong) = unsafe { (libc::eventfd(0, libc::EFD_NONBLOCK), libc::eventfd(0, libc::EFD_NONBLOCK)) };
     let signal = |descriptor: RawFd| {
         // SAFETY: eight readable bytes.
-        unsafe { libc::write(descriptor, (&raw const *&1u64).cast(), 8) };
+        unsafe { libc::write(descriptor, (&raw const ONE).cast(), 8) };
     };
     // As the daemon does: wait, then drain.
     let take = |descriptor: RawFd| {
@@ -109,13 +137,15 @@ fn event_descriptor(rounds: u64) {
         // SAFETY: eight writable bytes.
         unsafe { libc::read(descriptor, (&raw mut count).cast(), 8) };
     };
+    cores.bind(false);
     let child = fork(|| {
+        cores.bind(true);
         loop {
             take(ping);
             signal(pong);
         }
     });
-    measure("eventfd", 8, rounds, |_| {
+    measure(&format!("eventfd_{}", cores.name()), 8, rounds, |_| {
         signal(ping);
         take(pong);
     });
@@ -156,11 +186,12 @@ fn receive(endpoint: &mut Endpoint, events: &mut Vec<Event>, asleep: bool) -> Ve
     }
 }
 
-fn mailbox(rounds: u64, payload: usize, asleep: bool) {
-    let directory = std::env::temp_dir().join(format!("verbfs-pingpong-{}-{payload}-{asleep}", std::process::id()));
+fn mailbox(rounds: u64, payload: usize, asleep: bool, cores: Cores) {
+    cores.bind(false);
+    let directory = std::env::temp_dir().join(format!("verbfs-pingpong-{}-{payload}-{asleep}-{}", std::process::id(), cores.name()));
     std::fs::create_dir_all(&directory).expect("a directory");
     let mut child = std::process::Command::new(std::env::current_exe().expect("our own program"))
-        .args(["echo", directory.to_str().expect("a plain path"), if asleep { "asleep" } else { "awake" }])
+        .args(["echo", directory.to_str().expect("a plain path"), if asleep { "asleep" } else { "awake" }, cores.name()])
         .spawn()
         .expect("a child");
     let mut near = endpoint(&directory, 1);
@@ -178,8 +209,8 @@ fn mailbox(rounds: u64, payload: usize, asleep: bool) {
     }
     events.clear();
     let message = vec![42; payload];
-    let name = if asleep { "mailbox_asleep" } else { "mailbox_awake" };
-    measure(name, payload, rounds, |_| {
+    let name = format!("mailbox_{}_{}", if asleep { "asleep" } else { "awake" }, cores.name());
+    measure(&name, payload, rounds, |_| {
         near.send(2, Lane::Lock, &message).expect("a session");
         receive(&mut near, &mut events, asleep);
     });
@@ -192,6 +223,8 @@ fn mailbox(rounds: u64, payload: usize, asleep: bool) {
 fn main() {
     let arguments: Vec<String> = std::env::args().collect();
     if arguments.get(1).is_some_and(|word| word == "echo") {
+        let cores = if arguments[4] == "two_cores" { Cores::Two } else { Cores::One };
+        cores.bind(true);
         let mut far = endpoint(Path::new(&arguments[2]), 2);
         let mut events = Vec::new();
         loop {
@@ -202,11 +235,13 @@ fn main() {
     let rounds = arguments.get(1).map_or(200_000, |word| word.parse().expect("a number of rounds"));
     cache_line(rounds);
     for payload in [40, 1024] {
-        mailbox(rounds, payload, false);
+        mailbox(rounds, payload, false, Cores::Two);
     }
-    event_descriptor(rounds / 10);
-    for payload in [40, 1024] {
-        mailbox(rounds / 10, payload, true);
+    mailbox(rounds / 100, 128 * 1024, false, Cores::Two);
+    for cores in [Cores::Two, Cores::One] {
+        event_descriptor(rounds / 10, cores);
+        for payload in [40, 1024] {
+            mailbox(rounds / 10, payload, true, cores);
+        }
     }
-    mailbox(rounds / 100, 128 * 1024, false);
 }

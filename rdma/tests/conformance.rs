@@ -804,7 +804,7 @@ fn record(sequence: u32, kind: u8, lane: u8, acknowledge: (u8, u32), body: &[u8]
     bytes[16] = acknowledge.0;
     bytes[17] = lane;
     bytes.extend_from_slice(body);
-    let sum = crc32fast::hash(&bytes);
+    let sum = crc32c::crc32c(&bytes);
     bytes[8..12].copy_from_slice(&sum.to_le_bytes());
     bytes
 }

@@ -5,7 +5,7 @@
 //!       4  u16  length: bytes after the header                                          | the head word,
 //!       6  u8   kind: 1 inline, 2 staged, 3 skip to the ring's start                    | visible last
 //!       7  u8   marker: never zero, so an empty unit is never a record                 /
-//!       8  u32  CRC-32 of the record with this field zero
+//!       8  u32  CRC-32C of the record with this field zero
 //!      12  u32  acknowledged: a position of the lane below, low 32 bits
 //!      16  u8   lane acknowledged; 255: none
 //!      17  u8   lane the record is on
@@ -119,10 +119,7 @@ pub(crate) struct Header {
 
 fn checksum(mut header: [u8; HEADER_LENGTH], body: &[u8]) -> u32 {
     header[8..12].fill(0);
-    let mut hasher = crc32fast::Hasher::new();
-    hasher.update(&header);
-    hasher.update(body);
-    hasher.finalize()
+    crc32c::crc32c_append(crc32c::crc32c(&header), body)
 }
 
 impl Header {

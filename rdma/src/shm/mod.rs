@@ -636,7 +636,13 @@ impl Connection {
                 }
             }
         }
-        if !revocation::enter::<Hardware>(remote.page.revoked(), remote.page.in_flight()) {
+        // Another process is fenced by its death, which needs no fence instruction here: it looks at the word only so as
+        // to fail early. Within one process the word is all there is.
+        let admitted = match self.process {
+            Some(_) => remote.page.revoked().load(Ordering::Acquire) == 0,
+            None => revocation::enter::<Hardware>(remote.page.revoked(), remote.page.in_flight()),
+        };
+        if !admitted {
             return Performed::Failed(DisconnectReason::Revoked);
         }
         let (at, length) = (offset as usize, length as usize);
@@ -689,7 +695,9 @@ impl Connection {
                 performed = Performed::Failed(DisconnectReason::Protocol("its consumed counter is impossible"));
             }
         }
-        revocation::leave::<Hardware>(remote.page.in_flight());
+        if self.process.is_none() {
+            revocation::leave::<Hardware>(remote.page.in_flight());
+        }
         performed
     }
 }
@@ -778,11 +786,11 @@ impl Fabric for ShmFabric {
 
     fn fence(&mut self, slot: u16) -> Result<(), FenceError> {
         let deadline = Instant::now() + self.fence_timeout;
-        self.disconnect(slot, DisconnectReason::Fenced);
-        let peer = self.peer(slot);
-        if let Some(last) = peer.last {
+        // First the door: a peer that finds itself cut off may knock before we are done here.
+        if let Some(last) = self.peer(slot).last {
             self.refuse(slot, last.node);
         }
+        self.disconnect(slot, DisconnectReason::Fenced);
         for page in &self.peer(slot).insiders {
             revocation::revoke::<Hardware>(page.revoked());
         }
