@@ -58,6 +58,9 @@ struct Arguments {
     /// Carry out the operations of this file.
     #[arg(long)]
     replay: Option<PathBuf>,
+    /// Do without direct I/O (XFS may answer EIO when it meets stores through a mapping).
+    #[arg(long)]
+    no_direct: bool,
     /// How many operations to print on failure.
     #[arg(long, default_value_t = 20)]
     last: usize,
@@ -225,7 +228,7 @@ impl Exerciser {
             let Ok(fd) = fs::open(directory.join(name), OFlags::RDWR | OFlags::DIRECT, Mode::empty()) else { return false };
             File::from(fd).write_at(&PageBuffer::new(PAGE as usize), 0).is_ok()
         });
-        if direct {
+        if direct && !arguments.no_direct {
             abilities.ways.insert(Way::Direct);
         } else {
             missing.push("O_DIRECT".to_owned());
