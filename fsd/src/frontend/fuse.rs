@@ -449,8 +449,10 @@ impl Filesystem for VerbfsFuse {
     ) {
         let page_cache = write_flags.contains(WriteFlags::FUSE_WRITE_CACHE);
         let append = flags.0 & libc::O_APPEND != 0 && !page_cache;
-        // Pages are written back by the kernel, for nobody in particular: by their stores no set-id bit is cleared.
-        let caller = if page_cache { Caller { uid: 0, gid: 0, pid: 0 } } else { caller(request) };
+        // The kernel says whether the writer's rights clear set-id bits (in direct writes it leaves that to the file system): the volume clears
+        // them for all but root. Pages that it writes back are nobody's in particular, and clear nothing.
+        let clears = write_flags.contains(WriteFlags::FUSE_WRITE_KILL_SUIDGID) && !page_cache;
+        let caller = if clears { caller(request) } else { Caller { uid: 0, gid: 0, pid: request.pid() } };
         // The one copy: the buffer the request lies in takes the next request when this returns.
         let data = data.to_vec();
         self.submit(if page_cache { "write_page_cache" } else { "write" }, move |volume| async move {

@@ -8,12 +8,15 @@
 //! The thread sleeps without waking while nobody waits (after a last [`LINGER`], so that locks that are granted at once do not
 //! wake it each).
 //!
-//! A signal for the *process* is pending for all its threads, but only one of them will take it, and the kernel restarts
-//! only that one; a thread cancelled in its place would see the kernel's inner error 512. So a
-//! shared signal counts only when it is seen pending twice, [`POLL`] apart (a running thread would have taken it), and
-//! where several threads of a process wait, only one is cancelled at a time, its main thread first, as the kernel chooses.
+//! A signal for the *process* is pending for all its threads, but the kernel wakes one to take it and restarts
+//! only that one; a thread cancelled in its place returns the kernel's inner error 512 to its program. Which one it woke
+//! cannot be seen. So a shared signal counts only when it is seen pending twice, [`POLL`] apart (a running thread would have
+//! taken it), and where several threads of a process wait, one is cancelled at a time, in the order in which the kernel
+//! tries them: the main thread, then the oldest.
 //!
-//! Limits: a caller in another PID namespace than the mounter's has no thread id here and cannot be watched.
+//! Limits, until `fuser` passes FUSE_INTERRUPT on: several threads of one process that all wait for file locks, and
+//! that block different signals or got several, may be taken in the wrong order. Callers in another PID namespace than
+//! the mounter's have no thread id here and are not watched: they are killed only with the lock granted or the mount gone.
 
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
@@ -140,8 +143,8 @@ impl Shared {
 
 /// Whom a look at all waiting callers cancels.
 fn to_cancel(mut looked: Vec<(u64, Waiter, Pending)>) -> Vec<(Ino, u64)> {
-    // Main threads first; then the longest waiting.
-    looked.sort_by_key(|(token, waiter, _)| (waiter.thread != waiter.process, *token));
+    // The order in which the kernel looks for a thread to take a signal of the process (complete_signal()).
+    looked.sort_by_key(|(_, waiter, _)| (waiter.thread != waiter.process, waiter.thread));
     let mut served = HashSet::new();
     looked
         .into_iter()
@@ -229,6 +232,7 @@ mod tests {
         let waiter = |thread, seen_shared| Waiter { thread, process: 10, ino: Ino(1), seen_shared };
         let looked = vec![(1, waiter(12, true), Pending::Process), (2, waiter(10, true), Pending::Process), (3, waiter(11, false), Pending::Thread)];
         assert_eq!(to_cancel(looked), [(Ino(1), 2), (Ino(1), 3)]);
+        assert_eq!(to_cancel(vec![(1, waiter(12, true), Pending::Process), (2, waiter(11, true), Pending::Process)]), [(Ino(1), 2)]);
         assert_eq!(to_cancel(vec![(1, waiter(10, false), Pending::Process)]), []);
     }
 }

@@ -1,13 +1,17 @@
 //! Mounting a node, and getting rid of the mount under any circumstances.
+//!
+//! The mount is made and removed here and `fuser` gets the open device: the guard of `fuser` 0.18 unmounts its path
+//! once more when it is dropped, whatever is mounted there by then.
 
-use std::ffi::CString;
+use std::ffi::{CStr, CString};
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
-use fuser::{BackgroundSession, Config, Filesystem, MountOption, Session, SessionACL};
+use fuser::{BackgroundSession, Config, Filesystem, Session, SessionACL};
 
 use super::Observer;
 use super::fuse::VerbfsFuse;
@@ -79,13 +83,15 @@ pub struct MountOptions {
     pub source: String,
     /// Threads that read requests. They never wait, so few are enough.
     pub threads: usize,
-    /// Each thread reads from a queue of its own. Worth it on machines with many processors.
+    /// Each thread has a device descriptor, and so a table of unanswered requests, of its own. May help where many processors
+    /// share one mount. Costs an error line of `fuser` per interrupted lock call: its refusal of FUSE_INTERRUPT goes to
+    /// another table than that of the call.
     pub clone_device: bool,
 }
 
 impl Default for MountOptions {
     fn default() -> Self {
-        MountOptions { source: "verbfs".into(), threads: 2, clone_device: true }
+        MountOptions { source: "verbfs".into(), threads: 2, clone_device: false }
     }
 }
 
@@ -107,18 +113,15 @@ pub fn mount(node: NodeHandle, path: &Path, options: &MountOptions, cache: &Fuse
 pub(super) fn mount_filesystem<F: Filesystem>(filesystem: F, path: &Path, options: &MountOptions, attach: impl FnOnce(fuser::Notifier)) -> Result<Mounted, MountError> {
     let path = prepare(path)?;
     let mut config = Config::default();
-    config.mount_options = vec![
-        MountOption::FSName(options.source.clone()),
-        MountOption::Subtype("verbfs".into()),
-        MountOption::DefaultPermissions,
-        MountOption::Suid,
-        MountOption::Dev,
-    ];
-    config.acl = SessionACL::All;
     config.n_threads = Some(options.threads.max(1));
     config.clone_fd = options.clone_device;
-    let failed = |source| MountError::Mount { path: path.clone(), source };
-    let session = Session::new(filesystem, &path, &config).map_err(failed)?;
+    let device = mount_call(&path, &options.source).map_err(|source| MountError::Mount { path: path.clone(), source })?;
+    // Whatever fails from here on leaves nothing mounted.
+    let failed = |source| {
+        let _ = unmount_call(&path, libc::MNT_DETACH);
+        MountError::Mount { path: path.clone(), source }
+    };
+    let session = Session::from_fd(filesystem, device, SessionACL::All, config).map_err(failed)?;
     attach(session.notifier());
     let session = session.spawn().map_err(failed)?;
     let mut mounted = Mounted { path: path.clone(), session: Some(session), connection: None };
@@ -164,6 +167,18 @@ fn answers(path: &Path) -> Result<u64, String> {
         Ok(Err(error)) => Err(error.to_string()),
         Err(_) => Err(format!("no reply within {} s", ANSWER_PATIENCE.as_secs())),
     }
+}
+
+/// Opens the FUSE device and mounts it: mount(2) by root. Set-id bits and devices count, as on a local file system; the
+/// kernel checks permissions for all users.
+fn mount_call(path: &Path, source: &str) -> std::io::Result<OwnedFd> {
+    const TYPE: &CStr = c"fuse.verbfs";
+    let device = std::fs::File::options().read(true).write(true).custom_flags(libc::O_CLOEXEC).open("/dev/fuse")?;
+    let options = format!("fd={},rootmode=40000,user_id=0,group_id=0,default_permissions,allow_other", device.as_raw_fd());
+    let (source, target, options) = (CString::new(source)?, CString::new(path.as_os_str().as_bytes())?, CString::new(options)?);
+    // SAFETY: all arguments are strings that end in zero and outlive the call.
+    let result = unsafe { libc::mount(source.as_ptr(), target.as_ptr(), TYPE.as_ptr(), 0, options.as_ptr().cast()) };
+    if result == 0 { Ok(device.into()) } else { Err(std::io::Error::last_os_error()) }
 }
 
 /// umount2(2).

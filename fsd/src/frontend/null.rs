@@ -190,8 +190,19 @@ impl Filesystem for Null {
         reply.ok();
     }
 
+    fn ioctl(
+        &self, _request: &Request, _node: INodeNo, _handle: FileHandle, _flags: fuser::IoctlFlags, _command: u32, _data: &[u8], _size: u32,
+        reply: fuser::ReplyIoctl,
+    ) {
+        reply.error(Errno::ENOTTY);
+    }
+
     fn statfs(&self, _request: &Request, _node: INodeNo, reply: ReplyStatfs) {
         reply.statfs(1 << 30, 1 << 30, 1 << 30, 1 << 30, 1 << 30, BLOCK_SIZE, 255, BLOCK_SIZE);
+    }
+
+    fn listxattr(&self, _request: &Request, _node: INodeNo, size: u32, reply: ReplyXattr) {
+        if size == 0 { reply.size(0) } else { reply.data(&[]) }
     }
 
     /// No lists, so that the kernel's permission checks ask as they do for a real file.
