@@ -5,6 +5,7 @@ use crate::{Error, hash, name_hash};
 use heed::types::Bytes;
 use heed::{Database, Env, EnvFlags, EnvOpenOptions, RoTxn, RwTxn, WithoutTls};
 use std::fs::File;
+use std::os::fd::AsRawFd;
 use std::path::Path;
 use zerocopy::{FromBytes, IntoBytes};
 
@@ -16,8 +17,16 @@ pub const FORMAT_VERSION: u32 = 1;
 const LOCK_FILE: &str = "in-use";
 /// Map size unless set: address space, not memory or disk. About 10 million small files.
 pub const DEFAULT_MAP_SIZE: usize = 16 << 30;
-/// Smallest map size: below it not even the reserve's worth of directory fits.
+/// Smallest map size: the empty tables take 15 pages, and a copy of what a transaction changes must fit beside them.
 pub const MIN_MAP_SIZE: usize = 1 << 20;
+/// LMDB writes through its mapping here, and a store into a hole of the file on a full file system would kill the process. So
+/// only what is allocated on the file system is mapped, and before every write transaction at least this much of it lies unused:
+/// a transaction that touches more new pages than this (4096) meets a full store, though larger map sizes are allowed.
+const HEADROOM: usize = 16 << 20;
+/// What is mapped grows by this much: a remapping every 100 thousand creates.
+const GROWTH: usize = 32 << 20;
+/// The file LMDB keeps everything in.
+const DATA_FILE: &str = "data.mdb";
 /// Room beyond the map size that only [`Store::write_reclaiming`] may use: a copy-on-write store needs pages even to delete.
 /// Holds the deepest copy of every table's path (9 tables, 10 levels) a hundred times over.
 const RECLAIM_RESERVE: usize = 32 << 20;
@@ -95,7 +104,12 @@ pub(crate) struct Sequence {
 pub struct Store {
     env: Env<WithoutTls>,
     tables: Tables,
-    map_size: usize,
+    /// LMDB's file, for allocating it on the file system.
+    data: File,
+    /// Most bytes the store may grow to.
+    limit: usize,
+    /// Bytes mapped, all of them allocated on the file system.
+    mapped: usize,
     sequence: Sequence,
     /// Write transactions begun.
     transactions: u64,
@@ -165,12 +179,14 @@ impl Store {
             Err(std::fs::TryLockError::WouldBlock) => return Err(Error::InUse(directory.into())),
             Err(std::fs::TryLockError::Error(error)) => return Err(error.into()),
         }
-        let map_size = options.map_size.max(MIN_MAP_SIZE).next_multiple_of(verbfs_protocol::PAGE_SIZE as usize);
+        let limit = options.map_size.max(MIN_MAP_SIZE).next_multiple_of(verbfs_protocol::PAGE_SIZE as usize);
         let mut builder = EnvOpenOptions::new().read_txn_without_tls();
-        builder.map_size(map_size).max_dbs(TABLES);
-        // SAFETY: NO_SYNC gives up only power-loss safety between syncs, which the crate documents. The map is not
-        // written through (no WRITE_MAP), and locking stays on.
-        unsafe { builder.flags(EnvFlags::NO_SYNC | EnvFlags::NO_READ_AHEAD) };
+        // LMDB itself raises this to what an existing store uses.
+        builder.map_size(limit.min(GROWTH)).max_dbs(TABLES);
+        // SAFETY: NO_SYNC gives up only power-loss safety between syncs, which the crate documents. With WRITE_MAP, all
+        // that is mapped is allocated before it is written (`allocate`), so that a store to it cannot fault; borrowed records are
+        // never written to. Locking stays on.
+        unsafe { builder.flags(EnvFlags::NO_SYNC | EnvFlags::WRITE_MAP | EnvFlags::NO_READ_AHEAD) };
         // SAFETY: the file is not changed behind LMDB's back: the lock taken above keeps every other
         // opener of this crate out, and the directory is the daemon's own.
         let env = match unsafe { builder.open(directory) } {
@@ -181,6 +197,10 @@ impl Store {
             Err(heed::Error::EnvAlreadyOpened) => return Err(Error::InUse(directory.into())),
             Err(error) => return Err(error.into()),
         };
+
+        let data = File::options().read(true).write(true).open(directory.join(DATA_FILE))?;
+        let mapped = env.info().map_size;
+        allocate(&data, mapped)?;
 
         let mut txn = env.write_txn()?;
         let mut table = |name: &str| -> Result<Table, Error> { Ok(env.create_database(&mut txn, Some(name))?) };
@@ -227,7 +247,7 @@ impl Store {
         };
         txn.commit()?;
         let sequence = Sequence { next: durable, limit: durable };
-        Ok(Store { env, tables, map_size, sequence, transactions: 0, commits_before_failure: None, _in_use: in_use })
+        Ok(Store { env, tables, data, limit, mapped, sequence, transactions: 0, commits_before_failure: None, _in_use: in_use })
     }
 
     /// Runs `read` on a snapshot of the last committed state.
@@ -245,6 +265,7 @@ impl Store {
         &mut self,
         write: impl FnOnce(&mut WriteTransaction<'_>) -> Result<T, E>,
     ) -> Result<T, E> {
+        self.make_headroom()?;
         self.transactions += 1;
         let txn = self.env.write_txn().map_err(Error::from)?;
         let access = Writing { txn, sequence: self.sequence, number: self.transactions };
@@ -278,15 +299,40 @@ impl Store {
             Err(error) if is_full(&error) => {}
             other => return other,
         }
-        self.resize(self.map_size + RECLAIM_RESERVE)?;
+        let regular = self.mapped;
+        self.map(self.limit.max(self.high_water()) + RECLAIM_RESERVE)?;
         let result = self.write(&mut write);
-        self.resize(self.map_size)?;
+        // Down to what is in use, if that is more: LMDB sees to it.
+        self.resize(regular)?;
         result
+    }
+
+    fn high_water(&self) -> usize {
+        (self.env.info().last_page_number + 1) * verbfs_protocol::PAGE_SIZE as usize
+    }
+
+    /// Maps more if less than [`HEADROOM`] is unused and the limit allows it.
+    fn make_headroom(&mut self) -> Result<(), Error> {
+        let needed = self.high_water() + HEADROOM;
+        if needed <= self.mapped || self.limit <= self.mapped {
+            return Ok(());
+        }
+        match self.map((needed + GROWTH).min(self.limit)) {
+            // Free pages within what is mapped may do.
+            Err(Error::Full) => Ok(()),
+            other => other,
+        }
+    }
+
+    fn map(&mut self, size: usize) -> Result<(), Error> {
+        allocate(&self.data, size)?;
+        self.resize(size)
     }
 
     fn resize(&mut self, size: usize) -> Result<(), Error> {
         // SAFETY: no transaction is open: they exist only inside `read` and `write`, and `&mut self` excludes both.
         unsafe { self.env.resize(size)? };
+        self.mapped = self.env.info().map_size;
         Ok(())
     }
 
@@ -301,14 +347,26 @@ impl Store {
     }
 
     pub fn usage(&self) -> Usage {
-        let info = self.env.info();
-        let high_water = (info.last_page_number as u64 + 1) * verbfs_protocol::PAGE_SIZE;
-        Usage { limit: (self.map_size as u64).max(high_water), high_water }
+        let high_water = self.high_water();
+        Usage { limit: self.limit.max(high_water) as u64, high_water: high_water as u64 }
     }
 
     /// For tests: after `commits` more successful commits, every commit fails with [`Error::Injected`]; None ends it.
     pub fn fail_commits_after(&mut self, commits: Option<u64>) {
         self.commits_before_failure = commits;
+    }
+}
+
+/// Allocates the first `size` bytes of a file on the file system below.
+fn allocate(file: &File, size: usize) -> Result<(), Error> {
+    loop {
+        // SAFETY: no memory is passed; the descriptor is open for as long as `file` is borrowed.
+        match unsafe { libc::posix_fallocate(file.as_raw_fd(), 0, size as libc::off_t) } {
+            0 => return Ok(()),
+            libc::EINTR => {}
+            libc::ENOSPC | libc::EDQUOT | libc::EFBIG => return Err(Error::Full),
+            error => return Err(std::io::Error::from_raw_os_error(error).into()),
+        }
     }
 }
 
