@@ -525,7 +525,7 @@ impl LockClient {
         let Some(local) = self.locals.get_mut(&resource) else { return };
         for (&id, fence) in local.fences.iter_mut().filter(|(_, fence)| fence.vacating.is_none()) {
             let inside = |pin: &Pin| pin.request.range.overlaps(fence.range);
-            let reserved = local.waiting.iter().any(|pin| pin.reserved && inside(pin) && !mutations.skip_reservation);
+            let reserved = local.waiting.iter().any(|pin| pin.reserved && inside(pin));
             let pinned = local.active.iter().any(|pin| inside(pin) && !pin.broken);
             if !reserved && (!pinned || mutations.skip_drain) {
                 fence.vacating = Some(fence.keep);
@@ -669,7 +669,7 @@ impl LockClient {
         let index = local.requests.iter().position(|asked| asked.sequence == request.sequence).expect("it is asked");
         let asked = local.requests.remove(index);
         if let Some(pin) = local.waiting.iter_mut().find(|pin| Some(pin.request.token) == asked.asker) {
-            pin.reserved = true;
+            pin.reserved = !self.options.mutations.skip_reservation;
         }
         let fresh = local.pieces.gaps(range);
         let lawful = self.options.mutations == Mutations::default();

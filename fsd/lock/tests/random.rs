@@ -80,7 +80,7 @@ fn run(seed: u64, steps: u64, mutations: Mutations) -> Result<World, String> {
         generous: random.one_in(2),
         conflict_granule: [1, 4, 16][random.below(3) as usize],
         minimum_hold: if random.one_in(2) { 0 } else { random.below(200) },
-        kills: 0,
+        ..Options::default()
     };
     let callers = 1 + random.below(6) as usize;
     let mut world = World::new(nodes as usize, options);

@@ -165,6 +165,8 @@ pub struct Options {
     pub minimum_hold: u64,
     /// Nodes the model may kill.
     pub kills: u32,
+    /// Errands of a script that run beside each other; 0 is 1.
+    pub parallel: usize,
 }
 
 /// One thing that can happen next.
@@ -262,7 +264,7 @@ impl World {
         let mut steps: Vec<Step> = self.queues.keys().map(|&(from, to, lane)| Step::Deliver(from, to, lane)).collect();
         for node in self.nodes.iter().filter(|node| node.alive) {
             let slot = node.node.slot;
-            if !node.script.is_empty() && node.running.is_empty() {
+            if !node.script.is_empty() && node.running.len() < self.options.parallel.max(1) {
                 steps.push(Step::Begin(slot));
             }
             for (&id, operation) in &node.running {
@@ -499,6 +501,14 @@ impl World {
 
     fn sweep(&mut self, slot: Slot, id: FenceId) {
         let work = self.nodes[slot as usize].fences[&id].clone();
+        // Write-back ends in a COMMIT, whose grant proves that a hand-over was taken.
+        let server = &mut self.servers[work.resource.server as usize];
+        if server.is_incoming(work.resource, work.grant) {
+            let mut effects = Vec::new();
+            let taken = LockMessage::Taken { grant: work.grant, resource: work.resource };
+            server.handle(self.nodes[slot as usize].node, taken, self.now, &mut effects);
+            self.server_effects(work.resource.server, effects);
+        }
         let pages: Vec<u64> = self.node(slot).cache.range((work.resource, work.range.lo)..(work.resource, work.range.hi)).map(|(&(_, page), _)| page).collect();
         for page in pages {
             let key = (work.resource, page);
