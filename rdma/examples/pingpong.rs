@@ -1,6 +1,10 @@
 //! Round trips between two processes of this host, in nanoseconds, one JSON line each:
 //! the floor (a cache line, an event descriptor) and the mailbox above it, awake and asleep.
 //!
+//! Goals: awake within 5 of a cache line's round trip, asleep within 1.5 of an event descriptor's. Medians on a virtual machine
+//! with two cores, 40 bytes: cache line 101 ns, mailbox 414 ns (when the host puts the cores far apart: 405 and 802);
+//! event descriptor 5.4 us on one core and 48 us on two, mailbox asleep 5.8 us and 51 us.
+//!
 //! `cargo run --release -p verbfs-rdma --example pingpong [ROUNDS]`
 
 use std::os::fd::RawFd;

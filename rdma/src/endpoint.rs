@@ -147,6 +147,13 @@ enum Attempt {
     SettingUp,
 }
 
+// Callers share an endpoint between threads under a mutex.
+const _: () = {
+    const fn is_send<T: Send>() {}
+    is_send::<Endpoint>();
+    is_send::<Region>();
+};
+
 /// See the module.
 pub struct Endpoint {
     fabric: Box<dyn Fabric>,
@@ -445,7 +452,8 @@ impl Endpoint {
     }
 
     /// After it returns `Ok`, no operation of that peer's known incarnations can change our memory, its session is over, and
-    /// they are refused for good. Blocks, up to [`Limits::fence_timeout`].
+    /// they are refused for good. Blocks, up to [`Limits::fence_timeout`]. Known are those that have been connected to this
+    /// endpoint: an evicted incarnation that may not have been yet is kept out by [`Endpoint::refuse`], called first.
     ///
     /// # Errors
     /// The peer may still have access: nothing it held may be granted again. Its session is over all the same.

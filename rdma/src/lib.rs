@@ -6,6 +6,9 @@
 //! - [`mailbox`]: sessions of ring messages, and their records
 //! - [`endpoint`]: fabric and mailbox as the daemon uses them
 //! - [`sync`]: the shared-memory algorithms, in a form that loom can check
+//!
+//! `cargo test -p verbfs-rdma` runs everything: unit and property tests, the conformance suite every provider must pass
+//! (tests/conformance.rs), and loom (tests/loom.rs, no flags needed). examples/pingpong.rs measures round trips.
 
 pub mod endpoint;
 pub mod fabric;

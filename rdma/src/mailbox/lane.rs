@@ -210,3 +210,115 @@ impl Inbound {
         self.consumed = next;
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::fabric::{RegionInner, RemoteKey};
+    use crate::mailbox::{INBOX_LENGTH, LANES};
+    use crate::mapping::Mapping;
+    use crate::sync::publication;
+    use proptest::prelude::*;
+    use std::os::fd::AsFd;
+    use std::sync::Arc;
+
+    fn region(length: usize) -> Region {
+        let descriptor = crate::shm::socket::sealed_memory(length).unwrap();
+        let mapping = Mapping::new(descriptor.as_fd(), length).unwrap();
+        Region(Arc::new(RegionInner { mapping, key: RemoteKey(0), descriptor: Arc::new(descriptor), sealed: true }))
+    }
+
+    #[derive(Debug, Clone)]
+    enum Step {
+        Send(usize),
+        Post,
+        Receive,
+        Acknowledge,
+        AcknowledgeLow,
+        /// A new connection: an empty inbox, and everything not consumed once more.
+        Reconnect,
+    }
+
+    fn step() -> impl Strategy<Value = Step> {
+        prop_oneof![
+            6 => prop_oneof![0..100usize, 900..1025usize, 1025..2000usize].prop_map(Step::Send),
+            6 => Just(Step::Post),
+            6 => Just(Step::Receive),
+            1 => Just(Step::Acknowledge),
+            1 => Just(Step::AcknowledgeLow),
+            1 => Just(Step::Reconnect),
+        ]
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(100))]
+        /// Also where the sequence number's low half wraps.
+        #[test]
+        fn a_lane_delivers_everything_once(start in 0..2000u64, steps in proptest::collection::vec(step(), 1..600)) {
+            const LANE: u8 = 3;
+            let start = (u64::from(u32::MAX) - 1000 + start) / RING_UNITS * RING_UNITS + start % RING_UNITS;
+            let (outbox, staging) = (region(INBOX_LENGTH), region(LANES * STAGING_LENGTH));
+            let mut inbox = region(INBOX_LENGTH);
+            let mut sender = Outbound { head: start, posted: start, acked: start, ..Outbound::default() };
+            let mut receiver = Inbound { consumed: start, told: start, ..Inbound::default() };
+            let (mut sent, mut got) = (VecDeque::new(), 0u64);
+            let mut stale = start as u32;
+            let mut number = 0u64;
+            for step in steps {
+                match step {
+                    Step::Send(length) => {
+                        let mut payload = vec![number as u8; length.max(8)];
+                        payload[..8].copy_from_slice(&number.to_le_bytes());
+                        if sender.place(&outbox, &staging, LANE, &payload, (NO_LANE, 0)) {
+                            sent.push_back(payload);
+                            number += 1;
+                        }
+                    }
+                    Step::Post => {
+                        while sender.posted < sender.head {
+                            let (offset, length, next) = sender.record(&outbox, LANE, sender.posted);
+                            let bytes = outbox.to_vec(offset, length as usize);
+                            prop_assert_eq!(publication::observe(inbox.word(offset)), 0, "a unit in use");
+                            inbox.write_at(offset + 8, &bytes[8..]);
+                            publication::publish(inbox.word(offset), u64::from_le_bytes(bytes[..8].try_into().unwrap()));
+                            sender.posted = next;
+                        }
+                    }
+                    Step::Receive => {
+                        let word = receiver.peek(&inbox, LANE);
+                        if word != 0 {
+                            let taken = receiver.take(&inbox, LANE, word).unwrap();
+                            let payload = match taken.header.head.kind {
+                                Kind::Skip => None,
+                                Kind::Inline => Some(taken.body),
+                                Kind::Staged => {
+                                    let offset = u64::from_le_bytes(taken.body[0..8].try_into().unwrap());
+                                    let length = u32::from_le_bytes(taken.body[8..12].try_into().unwrap());
+                                    Some(staging.to_vec(offset as usize, length as usize))
+                                }
+                            };
+                            if let Some(payload) = payload {
+                                prop_assert_eq!(Some(payload), sent.pop_front());
+                                got += 1;
+                            }
+                            receiver.consume(&inbox, LANE, taken.next);
+                        }
+                    }
+                    Step::Acknowledge => sender.acknowledge(&outbox, LANE, receiver.consumed).unwrap(),
+                    Step::AcknowledgeLow => {
+                        sender.acknowledge_low(&outbox, LANE, receiver.consumed as u32).unwrap();
+                        sender.acknowledge_low(&outbox, LANE, stale).unwrap();
+                        stale = receiver.consumed as u32;
+                    }
+                    Step::Reconnect => {
+                        inbox = region(INBOX_LENGTH);
+                        sender.resume(&outbox, LANE, receiver.consumed).unwrap();
+                    }
+                }
+                prop_assert!(sender.acked <= sender.posted && sender.posted <= sender.head);
+                prop_assert!(sender.acked <= receiver.consumed);
+            }
+            prop_assert_eq!(got + sent.len() as u64, number);
+        }
+    }
+}

@@ -384,6 +384,9 @@ impl ShmFabric {
         if let Some(connection) = &self.peers[usize::from(slot)].connection {
             connection.signal.store(true, Ordering::SeqCst);
             self.shared.attention.store(true, Ordering::SeqCst);
+            if self.armed {
+                self.interrupt();
+            }
         }
     }
 

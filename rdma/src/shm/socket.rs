@@ -173,7 +173,7 @@ pub(super) fn is_event_descriptor(descriptor: BorrowedFd<'_>) -> bool {
 }
 
 /// Anonymous memory that can be handed out: neither side can shrink it under the other.
-pub(super) fn sealed_memory(length: usize) -> io::Result<OwnedFd> {
+pub(crate) fn sealed_memory(length: usize) -> io::Result<OwnedFd> {
     // SAFETY: a constant C string.
     let memory = owned(unsafe { libc::memfd_create(c"verbfs".as_ptr(), libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING) })?;
     // SAFETY: no pointers are passed.
