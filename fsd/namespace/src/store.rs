@@ -27,9 +27,9 @@ const HEADROOM: usize = 16 << 20;
 const GROWTH: usize = 32 << 20;
 /// The file LMDB keeps everything in.
 const DATA_FILE: &str = "data.mdb";
-/// Room beyond the map size that only [`Store::write_reclaiming`] may use: a copy-on-write store needs pages even to delete.
-/// Holds the deepest copy of every table's path (9 tables, 10 levels) a hundred times over.
-const RECLAIM_RESERVE: usize = 32 << 20;
+/// Room beyond what is mapped that only [`Store::write_reclaiming`] may use: a copy-on-write store needs pages even to delete.
+/// It is allocated on the file system too, so that a full one can be emptied. Removing a file copies fewer than 100 of its 2048 pages.
+const RECLAIM_RESERVE: usize = 8 << 20;
 /// Inode sequences are made durable by blocks of this many: one more write per 4096 creates, and at most that many numbers of 2^48 lost per restart.
 const SEQUENCE_BLOCK: u64 = 4096;
 /// 0 is no inode and 1 is the root.
@@ -201,6 +201,7 @@ impl Store {
         let data = File::options().read(true).write(true).open(directory.join(DATA_FILE))?;
         let mapped = env.info().map_size;
         allocate(&data, mapped)?;
+        reserve(&data, mapped);
 
         let mut txn = env.write_txn()?;
         let mut table = |name: &str| -> Result<Table, Error> { Ok(env.create_database(&mut txn, Some(name))?) };
@@ -317,13 +318,16 @@ impl Store {
         if needed <= self.mapped || self.limit <= self.mapped {
             return Ok(());
         }
-        match self.map((needed + GROWTH).min(self.limit)) {
+        let size = (needed + GROWTH).min(self.limit);
+        // The reserve goes with it: better to be full a little earlier than to be stuck.
+        match allocate(&self.data, size + RECLAIM_RESERVE).and_then(|()| self.map(size)) {
             // Free pages within what is mapped may do.
             Err(Error::Full) => Ok(()),
             other => other,
         }
     }
 
+    /// Maps `size` bytes, allocated before.
     fn map(&mut self, size: usize) -> Result<(), Error> {
         allocate(&self.data, size)?;
         self.resize(size)
@@ -333,6 +337,7 @@ impl Store {
         // SAFETY: no transaction is open: they exist only inside `read` and `write`, and `&mut self` excludes both.
         unsafe { self.env.resize(size)? };
         self.mapped = self.env.info().map_size;
+        reserve(&self.data, self.mapped);
         Ok(())
     }
 
@@ -367,6 +372,15 @@ fn allocate(file: &File, size: usize) -> Result<(), Error> {
             libc::ENOSPC | libc::EDQUOT | libc::EFBIG => return Err(Error::Full),
             error => return Err(std::io::Error::from_raw_os_error(error).into()),
         }
+    }
+}
+
+/// Allocates [`RECLAIM_RESERVE`] behind the first `mapped` bytes, which are the length of the file: LMDB cuts it to that when it maps.
+/// Should that fail, deletions on a full file system may fail too.
+fn reserve(file: &File, mapped: usize) {
+    // SAFETY: as in `allocate`.
+    unsafe {
+        libc::fallocate(file.as_raw_fd(), libc::FALLOC_FL_KEEP_SIZE, mapped as libc::off_t, RECLAIM_RESERVE as libc::off_t);
     }
 }
 

@@ -99,3 +99,51 @@ fn nothing_committed_is_missing_and_nothing_is_half_there() {
             .unwrap();
     }
 }
+
+/// Set for the child of the full-disk test: the directory of its store.
+const LIMITED: &str = "VERBFS_NAMESPACE_LIMIT_TEST";
+/// Largest file the child may have, bytes: what a full file system looks like to it.
+const FILE_LIMIT: libc::rlim_t = 80 << 20;
+
+#[test]
+fn limited_child() {
+    let Some(directory) = std::env::var_os(LIMITED) else { return };
+    let limit = libc::rlimit { rlim_cur: FILE_LIMIT, rlim_max: FILE_LIMIT };
+    // SAFETY: plain system calls of this process, which runs nothing but this test.
+    unsafe {
+        assert_eq!(libc::setrlimit(libc::RLIMIT_FSIZE, &limit), 0);
+        libc::signal(libc::SIGXFSZ, libc::SIG_IGN);
+    }
+    let mut store = Store::open(directory.as_ref(), options()).unwrap();
+    let mut put = |number: u64| {
+        store.write::<_, Error>(|txn| txn.set_xattr(Ino(number), b"user.value", &[7; 60_000], verbfs_namespace::SetXattr::Create))
+    };
+    let (full, error) = (0..).find_map(|number| put(number).err().map(|error| (number, error))).unwrap();
+    assert!(matches!(error, Error::Full), "{error}");
+    // More than the first mapping holds, and as much as fits.
+    assert!((900..1400).contains(&full), "{full} values");
+    for number in 0..full {
+        let removed = store.write_reclaiming(
+            |error| matches!(error, Error::Full),
+            |txn| txn.remove_xattr(Ino(number), b"user.value"),
+        );
+        assert!(removed.unwrap());
+    }
+    store
+        .write::<_, Error>(|txn| txn.set_xattr(Ino(0), b"user.value", &[8; 60_000], verbfs_namespace::SetXattr::Create))
+        .unwrap();
+}
+
+#[test]
+fn a_full_disk_is_an_error_and_no_signal() {
+    let directory = tempfile::tempdir().unwrap();
+    let output = Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", "limited_child", "--nocapture"])
+        .env(LIMITED, directory.path())
+        .output()
+        .unwrap();
+    assert!(output.status.success(), "{output:?}");
+    let store = Store::open(directory.path(), options()).unwrap();
+    assert_eq!(store.read(|txn| txn.xattr(Ino(0), b"user.value")).unwrap(), Some(vec![8; 60_000]));
+    assert_eq!(store.read(|txn| txn.xattr(Ino(1), b"user.value")).unwrap(), None);
+}
