@@ -605,7 +605,6 @@ impl LockClient {
                         local.unanswered.push((grant, round));
                         self.progress(resource, effects);
                     }
-                    _ if self.options.mutations.silent_on_unknown => {}
                     // A node that no longer knows the object still answers.
                     _ => send(effects, from, LockMessage::Glimpsed { grant, resource, round }),
                 }
@@ -733,9 +732,7 @@ impl LockClient {
         };
         if concerned.is_empty() {
             // A node that no longer knows the grant still answers.
-            if !self.options.mutations.silent_on_unknown {
-                self.send_release(resource, grant, need, None, revoke_sequence, effects);
-            }
+            self.send_release(resource, grant, need, None, revoke_sequence, effects);
             return;
         }
         let local = self.locals.get_mut(&resource).expect("it has pieces");

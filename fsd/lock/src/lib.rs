@@ -86,8 +86,6 @@ pub struct Mutations {
     pub skip_resweep: bool,
     /// Client: gives up ranges it is asking for.
     pub volunteer_asked: bool,
-    /// Client: says nothing when asked for a grant it does not know.
-    pub silent_on_unknown: bool,
     /// Client: Exclusive pins do not exclude.
     pub skip_exclusion: bool,
 }

@@ -82,11 +82,20 @@ fn run(seed: u64, steps: u64, mutations: Mutations) -> Result<World, String> {
         minimum_hold: if random.one_in(2) { 0 } else { random.below(200) },
         ..Options::default()
     };
+    let restarts = random.one_in(4);
+    let mut down: Option<Slot> = None;
     let callers = 1 + random.below(6) as usize;
     let mut world = World::new(nodes as usize, options);
     for step in 0..steps {
         world.now += 1;
         let slot = random.below(nodes) as Slot;
+        if let Some(server) = down.filter(|_| random.one_in(100)) {
+            world.server_back(server);
+            down = None;
+        } else if restarts && down.is_none() && random.one_in(3000) {
+            world.restart_server(slot);
+            down = Some(slot);
+        }
         let node = &world.nodes[slot as usize];
         if !node.alive {
             if random.one_in(50) {
@@ -106,6 +115,9 @@ fn run(seed: u64, steps: u64, mutations: Mutations) -> Result<World, String> {
             one_step(&mut world, &mut random);
         }
         check(&mut world, step)?;
+    }
+    if let Some(server) = down {
+        world.server_back(server);
     }
     let mut step = steps;
     loop {

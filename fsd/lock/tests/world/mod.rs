@@ -450,7 +450,11 @@ impl World {
 
     fn finish(&mut self, slot: Slot, id: u64) {
         let operation = self.node(slot).running.remove(&id).expect("running");
-        for pin in &operation.pins {
+        for (pin, &token) in operation.pins.iter().zip(&operation.tokens) {
+            if self.nodes[slot as usize].client.is_broken(token) {
+                // The server lost the lock: the caller gets EIO.
+                continue;
+            }
             self.look(slot, pin);
             let excluded = |other: &PinSpec| {
                 (pin.kind == PinKind::Exclusive || other.kind == PinKind::Exclusive) && pin.resource == other.resource && pin.range.overlaps(other.range)
@@ -665,7 +669,16 @@ impl World {
                 ClientEffect::Dropped { range, grant, .. } => {
                     self.node(slot).transits.remove(&(grant, range.lo));
                 }
-                ClientEffect::Lost { .. } => {}
+                ClientEffect::Lost { resource, range, grant, .. } => {
+                    let node = self.node(slot);
+                    node.fences.retain(|_, work| work.grant != grant);
+                    node.awaiting.remove(&grant);
+                    node.transits.remove(&(grant, range.lo));
+                    node.cache.retain(|&(other, page), _| other != resource || !range.contains(Range::new(page, page + 1)));
+                    if resource.class == Class::Attr {
+                        node.sizes.remove(&resource);
+                    }
+                }
             }
         }
     }
@@ -753,6 +766,49 @@ impl World {
     pub fn revive(&mut self, slot: Slot) {
         let Node { slot, incarnation } = self.nodes[slot as usize].node;
         self.nodes[slot as usize] = Self::fresh_node(Node { slot, incarnation: incarnation + 1 }, &self.options);
+    }
+
+    /// The server of `slot` restarts with an empty table: what was not home is lost, and `server_back` must follow.
+    pub fn restart_server(&mut self, slot: Slot) {
+        let incarnation = 2 + self.now as u32;
+        let options = ServerOptions {
+            hand_over: self.options.hand_over,
+            conflict_granule: self.options.conflict_granule.max(1),
+            mutations: self.options.mutations,
+            ..ServerOptions::default()
+        };
+        self.servers[slot as usize] = LockServer::new(slot, incarnation, options);
+        for (&(from, to, _), queue) in self.queues.iter_mut() {
+            queue.retain(|wire| match wire {
+                Wire::Lock(message, _) if is_for_server(message) => to != slot,
+                Wire::Lock(..) => from != slot,
+                Wire::HandOver { .. } => true,
+            });
+        }
+        self.queues.retain(|_, queue| !queue.is_empty());
+        self.latest = self.latest.iter().map(|(&key, &version)| (key, if key.0.server == slot { self.storage.get(&key).copied().unwrap_or(0) } else { version })).collect();
+        let sizes: Vec<Resource> = self.true_sizes.keys().filter(|resource| resource.server == slot).copied().collect();
+        for resource in sizes {
+            let size = self.home_sizes.get(&resource).copied().unwrap_or(0);
+            self.true_sizes.insert(resource, size);
+            for operation in self.nodes.iter_mut().flat_map(|node| node.running.values_mut()) {
+                operation.truths.insert(size);
+            }
+        }
+        for node in 0..self.nodes.len() as Slot {
+            let mut effects = Vec::new();
+            self.node(node).client.server_lost(slot, &mut effects);
+            self.client_effects(node, effects, None);
+        }
+    }
+
+    pub fn server_back(&mut self, slot: Slot) {
+        let now = self.now;
+        for node in 0..self.nodes.len() as Slot {
+            let mut effects = Vec::new();
+            self.node(node).client.server_back(slot, now, &mut effects);
+            self.client_effects(node, effects, None);
+        }
     }
 
     /// What a dead node had not sent home is lost; what others hold is not. Says what is true from now on.
