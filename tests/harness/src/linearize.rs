@@ -72,7 +72,7 @@ pub struct Rejection<S> {
 }
 
 /// Above this many configurations the search gives up rather than fill memory.
-const CONFIGURATION_LIMIT: usize = 1_000_000;
+const CONFIGURATION_LIMIT: usize = 300_000;
 /// More possible states than this help no reader.
 const STATES_SHOWN: usize = 3;
 
@@ -232,9 +232,7 @@ pub fn check<M: Model>(model: &M, initial: &M::State, history: &[Timed<M::Op>]) 
         Err(Failure::Undecided { at, configurations }) => Verdict::Undecided { at, configurations },
         Err(Failure::Rejected { call, certain, possible, event }) => {
             let mut window = certain.waiting.clone();
-            window.extend(
-                events(history)[certain.event..=event].iter().filter(|e| !e.is_return).map(|e| e.call),
-            );
+            window.extend(events(history)[certain.event..=event].iter().filter(|e| !e.is_return).map(|e| e.call));
             let window = reduce(model, &certain.state, history, window, call);
             Verdict::Rejected(Rejection { call, before: certain.state, window, possible })
         }

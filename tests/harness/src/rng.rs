@@ -15,12 +15,12 @@ impl Rng {
     /// An independent generator for part `part` of the work, so that parts do not disturb each other's choices.
     pub fn fork(&self, part: u64) -> Self {
         let mut rng = Self::new(self.state ^ part.wrapping_add(1).wrapping_mul(0xD6E8_FEB8_6659_FD93));
-        rng.next();
+        rng.bits();
         rng
     }
 
     /// The next 64 bits.
-    pub fn next(&mut self) -> u64 {
+    pub fn bits(&mut self) -> u64 {
         self.state = self.state.wrapping_add(0x9E37_79B9_7F4A_7C15);
         let mut z = self.state;
         z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
@@ -31,7 +31,7 @@ impl Rng {
     /// A number in `0..bound`. `bound` must not be 0.
     pub fn below(&mut self, bound: u64) -> u64 {
         assert!(bound > 0, "an empty range has no member");
-        ((self.next() as u128 * bound as u128) >> 64) as u64
+        ((self.bits() as u128 * bound as u128) >> 64) as u64
     }
 
     /// A number in `low..=high`.
@@ -64,7 +64,7 @@ impl Rng {
 
 /// The seed asked for, or one from the clock; printed by every tool so that the run can be repeated.
 pub fn seed_or_clock(seed: Option<u64>) -> u64 {
-    seed.unwrap_or_else(|| Rng::new(crate::clock::now() ^ std::process::id() as u64).next() >> 20)
+    seed.unwrap_or_else(|| Rng::new(crate::clock::now() ^ std::process::id() as u64).bits() >> 20)
 }
 
 #[cfg(test)]
@@ -74,9 +74,9 @@ mod tests {
     #[test]
     fn same_seed_same_choices_and_forks_differ() {
         let (mut a, mut b) = (Rng::new(7), Rng::new(7));
-        assert!((0..100).all(|_| a.next() == b.next()));
+        assert!((0..100).all(|_| a.bits() == b.bits()));
         let root = Rng::new(7);
-        assert_ne!(root.fork(0).next(), root.fork(1).next());
+        assert_ne!(root.fork(0).bits(), root.fork(1).bits());
         let mut r = Rng::new(3);
         assert!((0..1000).all(|_| (5..=9).contains(&r.between(5, 9))));
         assert!((0..1000).all(|_| r.weighted(&[0, 3, 0, 1]) % 2 == 1));

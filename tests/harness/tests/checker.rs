@@ -234,7 +234,11 @@ fn see(slot: usize, seen: Seen) -> NameOp {
 #[test]
 fn rejects_a_name_seen_after_its_unlink() {
     let calls = |seen| {
-        vec![name(0, 1, 2, make(0, 9)), name(0, 3, 4, NameOp::Unlink { slot: 0, result: 0 }), name(1, 5, 6, see(0, seen))]
+        vec![
+            name(0, 1, 2, make(0, 9)),
+            name(0, 3, 4, NameOp::Unlink { slot: 0, result: 0 }),
+            name(1, 5, 6, see(0, seen)),
+        ]
     };
     accepted(&calls(Seen::Absent));
     rejected(&calls(Seen::File(9)));
@@ -269,7 +273,8 @@ fn rename_and_link_see_what_two_look_ups_can_see() {
     }
     // The target is there only after the source went: no order of look-ups sees both.
     let moved = NameOp::Rename { from: 0, to: 1, kind: RenameKind::Plain, result: 0 };
-    let calls = |result| vec![name(0, 1, 2, make(0, 1)), name(1, 10, 20, moved.clone()), name(2, 11, 19, rename(result))];
+    let calls =
+        |result| vec![name(0, 1, 2, make(0, 1)), name(1, 10, 20, moved.clone()), name(2, 11, 19, rename(result))];
     accepted(&calls(libc::ENOENT));
     // Source looked up before the other rename, target after it.
     accepted(&calls(libc::EEXIST));
@@ -333,12 +338,15 @@ fn name_history(seed: u64, count: usize) -> Vec<Call> {
                 3 => NameOp::Rmdir { slot, result },
                 4 => NameOp::Link { from: slot, to: other, result },
                 5 => NameOp::Rename { from: slot, to: other, kind, result },
-                _ => see(slot, match state[slot] {
-                    None => Seen::Absent,
-                    Some(Thing::File(inode)) => Seen::File(inode),
-                    Some(Thing::Directory(_)) => Seen::Directory,
-                    Some(Thing::Link(_)) => Seen::Link,
-                }),
+                _ => see(
+                    slot,
+                    match state[slot] {
+                        None => Seen::Absent,
+                        Some(Thing::File(inode)) => Seen::File(inode),
+                        Some(Thing::Directory(_)) => Seen::Directory,
+                        Some(Thing::Link(_)) => Seen::Link,
+                    },
+                ),
             };
             let results = [0, libc::ENOENT, libc::EEXIST, libc::EISDIR, libc::ENOTDIR, libc::EPERM];
             let (op, after) = results
@@ -359,7 +367,10 @@ fn accepts_generated_name_histories_and_rejects_a_changed_one() {
         accepted(&calls);
         assert!(begun.elapsed().as_secs() < 20, "{:?}", begun.elapsed());
         // A file that never was.
-        let at = calls.iter().position(|c| matches!(&c.op, Op::Name(NameOp::See { seen: Seen::File(_), .. }))).expect("some");
+        let at = calls
+            .iter()
+            .position(|c| matches!(&c.op, Op::Name(NameOp::See { seen: Seen::File(_), .. })))
+            .expect("some");
         if let Op::Name(NameOp::See { seen, .. }) = &mut calls[at].op {
             *seen = Seen::File(u64::MAX);
         }

@@ -70,6 +70,9 @@ struct Arguments {
     /// A call that takes longer ends the run with exit status 2.
     #[arg(long, default_value_t = 30)]
     stall_seconds: u64,
+    /// Pretend that calls take up to so many microseconds longer before and after: more overlap, harder to check, less found.
+    #[arg(long, default_value_t = 0)]
+    dilate: u64,
     /// Save the histories (with the family's name appended).
     #[arg(long)]
     history: Option<PathBuf>,
@@ -127,6 +130,7 @@ fn work(arguments: &Arguments) -> Result<ExitCode> {
             operations: arguments.operations,
             max_io: arguments.max_io,
             stat: !arguments.without_stat,
+            dilate: arguments.dilate,
             stall_seconds: arguments.stall_seconds,
         };
         let begun = std::time::Instant::now();
@@ -152,7 +156,8 @@ fn work(arguments: &Arguments) -> Result<ExitCode> {
             }
             Recorded::History(calls) => {
                 let report = report.expect("a history has a report");
-                let accepted = print_report(&format!("{} ({:.1} s)", family.name(), begun.elapsed().as_secs_f64()), &report);
+                let accepted =
+                    print_report(&format!("{} ({:.1} s)", family.name(), begun.elapsed().as_secs_f64()), &report);
                 good &= accepted;
                 let failed = (!accepted).then(|| std::env::temp_dir().join(format!("verbfs-history-{seed}")));
                 if let Some(path) = arguments.history.clone().or(failed) {

@@ -173,7 +173,7 @@ struct Exerciser {
 
 fn fill(salt: u64, len: u64) -> Vec<u8> {
     let mut rng = Rng::new(salt);
-    let mut bytes: Vec<u8> = (0..len.div_ceil(8)).flat_map(|_| rng.next().to_le_bytes()).collect();
+    let mut bytes: Vec<u8> = (0..len.div_ceil(8)).flat_map(|_| rng.bits().to_le_bytes()).collect();
     bytes.truncate(len as usize);
     bytes
 }
@@ -205,7 +205,11 @@ fn compare(expected: &[u8], found: &[u8], offset: u64, what: &str) -> Result<()>
         if expected[line..end] == found[line..end] {
             text += &format!("    {at:#010x}   {}\n", hex(&expected[line..end]));
         } else {
-            text += &format!("  - {at:#010x}   {}\n  + {at:#010x}   {}\n", hex(&expected[line..end]), hex(&found[line..end]));
+            text += &format!(
+                "  - {at:#010x}   {}\n  + {at:#010x}   {}\n",
+                hex(&expected[line..end]),
+                hex(&found[line..end])
+            );
         }
     }
     bail!("{text}")
@@ -225,7 +229,9 @@ impl Exerciser {
         abilities.ways.extend([Way::Positioned, Way::Sequential, Way::Vectored, Way::PrivateMapping]);
         let mut missing = Vec::new();
         let direct = work.all().iter().all(|directory| {
-            let Ok(fd) = fs::open(directory.join(name), OFlags::RDWR | OFlags::DIRECT, Mode::empty()) else { return false };
+            let Ok(fd) = fs::open(directory.join(name), OFlags::RDWR | OFlags::DIRECT, Mode::empty()) else {
+                return false;
+            };
             File::from(fd).write_at(&PageBuffer::new(PAGE as usize), 0).is_ok()
         });
         if direct && !arguments.no_direct {
@@ -302,7 +308,7 @@ impl Exerciser {
     fn generate(&self, rng: &mut Rng) -> Operation {
         let mount = rng.below(self.handles.len() as u64) as usize;
         let (mut offset, mut len) = self.range(rng);
-        let salt = rng.next();
+        let salt = rng.bits();
         let ways: Vec<Way> = self.abilities.ways.iter().copied().collect();
         let way = *rng.pick(&ways);
         match rng.weighted(&[34, 6, 24, 8, 10, 6, 3, 3, 3]) {
@@ -333,7 +339,9 @@ impl Exerciser {
                 }
                 Operation::Read { mount, way, offset, len }
             }
-            3 => Operation::Truncate { mount, size: if rng.percent(10) { 0 } else { offset }, by_path: rng.percent(30) },
+            3 => {
+                Operation::Truncate { mount, size: if rng.percent(10) { 0 } else { offset }, by_path: rng.percent(30) }
+            }
             4 if !self.abilities.allocations.is_empty() => {
                 let kinds: Vec<Allocation> = self.abilities.allocations.iter().copied().collect();
                 Operation::Allocate { mount, kind: *rng.pick(&kinds), offset, len }
@@ -343,7 +351,13 @@ impl Exerciser {
                 let mut len = len.min(self.max_size - to);
                 // Overlapping ranges are refused by the kernel, and not interesting.
                 len = len.min(offset.abs_diff(to));
-                Operation::Copy { from_mount: mount, to_mount: rng.below(self.handles.len() as u64) as usize, from: offset, to, len }
+                Operation::Copy {
+                    from_mount: mount,
+                    to_mount: rng.below(self.handles.len() as u64) as usize,
+                    from: offset,
+                    to,
+                    len,
+                }
             }
             6 => Operation::Sync { mount, data_only: rng.percent(50) },
             7 => Operation::Reopen { mount },
@@ -454,7 +468,8 @@ impl Exerciser {
                     handles.mapping.as_ref().context("no mapping")?.read(offset as usize, &mut bytes);
                 } else {
                     let start = offset / PAGE * PAGE;
-                    let mapping = Mapping::new(handles.file.as_fd(), start, (offset + len - start) as usize, false, true)?;
+                    let mapping =
+                        Mapping::new(handles.file.as_fd(), start, (offset + len - start) as usize, false, true)?;
                     mapping.read((offset - start) as usize, &mut bytes);
                     // Private: must reach nobody.
                     mapping.write((offset - start) as usize, &[0x5A]);
@@ -495,7 +510,11 @@ impl Exerciser {
             let found = Self::read_positioned(&handles.file, 0, self.size() + PAGE)?;
             compare(&self.model, &found, 0, &format!("the whole file through mount {mount}"))?;
             let blocks = handles.file.metadata()?.blocks();
-            ensure!(blocks * 512 <= self.max_size + BLOCKS_SLACK, "{blocks} blocks for at most {} bytes", self.max_size);
+            ensure!(
+                blocks * 512 <= self.max_size + BLOCKS_SLACK,
+                "{blocks} blocks for at most {} bytes",
+                self.max_size
+            );
         }
         Ok(())
     }
@@ -505,7 +524,11 @@ impl Exerciser {
         let other = (mount + 1 + self.done as usize % self.handles.len().max(2).saturating_sub(1)) % self.handles.len();
         for seen in [mount, other] {
             let by_handle = self.handles[seen].file.metadata()?.len();
-            ensure!(by_handle == self.size(), "fstat through mount {seen} says size {by_handle}, expected {}", self.size());
+            ensure!(
+                by_handle == self.size(),
+                "fstat through mount {seen} says size {by_handle}, expected {}",
+                self.size()
+            );
             let by_path = std::fs::metadata(&self.handles[seen].path)?.len();
             ensure!(by_path == self.size(), "stat through mount {seen} says size {by_path}, expected {}", self.size());
         }
@@ -568,7 +591,13 @@ impl Exerciser {
                 while done < bytes.len() as u64 {
                     let (mut source, mut target) = (from + done, to + done);
                     let (files, left) = (&self.handles, bytes.len() - done as usize);
-                    match fs::copy_file_range(&files[from_mount].file, Some(&mut source), &files[to_mount].file, Some(&mut target), left) {
+                    match fs::copy_file_range(
+                        &files[from_mount].file,
+                        Some(&mut source),
+                        &files[to_mount].file,
+                        Some(&mut target),
+                        left,
+                    ) {
                         // Between two mounts the kernel may refuse.
                         Err(Errno::XDEV) if done == 0 => return Ok(()),
                         Err(e) => return Err(e).context("copy_file_range"),
@@ -581,7 +610,11 @@ impl Exerciser {
             }
             Operation::Sync { mount, data_only } => {
                 let handles = &self.handles[mount];
-                if data_only { handles.file.sync_data()? } else { handles.file.sync_all()? }
+                if data_only {
+                    handles.file.sync_data()?
+                } else {
+                    handles.file.sync_all()?
+                }
                 if let Some(mapping) = &handles.mapping {
                     mapping.sync().context("msync")?;
                 }
@@ -648,7 +681,10 @@ fn run(arguments: &Arguments) -> Result<bool> {
             }
             let mounts: Vec<String> = arguments.mounts.iter().map(|m| format!("--mount {}", m.display())).collect();
             let mounts = mounts.join(" ");
-            println!("\nagain:  verbfs-exerciser {mounts} --seed {seed} --operations {} --max-size {}", arguments.operations, arguments.max_size);
+            println!(
+                "\nagain:  verbfs-exerciser {mounts} --seed {seed} --operations {} --max-size {}",
+                arguments.operations, arguments.max_size
+            );
             println!("replay: verbfs-exerciser {mounts} --max-size {} --replay {}", arguments.max_size, path.display());
             if arguments.keep {
                 work.keep();

@@ -78,30 +78,103 @@ const OWNERS: [u32; 3] = [0, 54_321, 54_322];
 /// One operation with all its parameters. Paths are lists of names by number, see [`path`].
 #[derive(Clone, Debug, Serialize, Deserialize)]
 enum Operation {
-    Create { path: Vec<u8>, exclusive: bool, mode: u32 },
-    Mkdir { path: Vec<u8>, mode: u32 },
-    Fifo { path: Vec<u8>, mode: u32 },
-    Symlink { path: Vec<u8>, target: String },
-    Link { from: Vec<u8>, to: Vec<u8>, follow: bool },
-    Unlink { path: Vec<u8> },
-    Rmdir { path: Vec<u8> },
-    Rename { from: Vec<u8>, to: Vec<u8>, flags: u32 },
-    Chmod { path: Vec<u8>, mode: u32 },
-    Chown { path: Vec<u8>, uid: Option<u32>, gid: Option<u32> },
-    Utimens { path: Vec<u8>, seconds: i64, nanoseconds: i64 },
-    Truncate { path: Vec<u8>, size: u64 },
-    WriteWhole { path: Vec<u8>, len: usize, salt: u8 },
-    Append { path: Vec<u8>, len: usize, salt: u8 },
-    SetXattr { path: Vec<u8>, name: u8, len: usize, flags: u32 },
-    GetXattr { path: Vec<u8>, name: u8 },
-    RemoveXattr { path: Vec<u8>, name: u8 },
-    Stat { path: Vec<u8>, follow: bool },
-    List { path: Vec<u8> },
-    Access { path: Vec<u8>, mode: u32 },
+    Create {
+        path: Vec<u8>,
+        exclusive: bool,
+        mode: u32,
+    },
+    Mkdir {
+        path: Vec<u8>,
+        mode: u32,
+    },
+    Fifo {
+        path: Vec<u8>,
+        mode: u32,
+    },
+    Symlink {
+        path: Vec<u8>,
+        target: String,
+    },
+    Link {
+        from: Vec<u8>,
+        to: Vec<u8>,
+        follow: bool,
+    },
+    Unlink {
+        path: Vec<u8>,
+    },
+    Rmdir {
+        path: Vec<u8>,
+    },
+    Rename {
+        from: Vec<u8>,
+        to: Vec<u8>,
+        flags: u32,
+    },
+    Chmod {
+        path: Vec<u8>,
+        mode: u32,
+    },
+    Chown {
+        path: Vec<u8>,
+        uid: Option<u32>,
+        gid: Option<u32>,
+    },
+    Utimens {
+        path: Vec<u8>,
+        seconds: i64,
+        nanoseconds: i64,
+    },
+    Truncate {
+        path: Vec<u8>,
+        size: u64,
+    },
+    WriteWhole {
+        path: Vec<u8>,
+        len: usize,
+        salt: u8,
+    },
+    Append {
+        path: Vec<u8>,
+        len: usize,
+        salt: u8,
+    },
+    SetXattr {
+        path: Vec<u8>,
+        name: u8,
+        len: usize,
+        flags: u32,
+    },
+    GetXattr {
+        path: Vec<u8>,
+        name: u8,
+    },
+    RemoveXattr {
+        path: Vec<u8>,
+        name: u8,
+    },
+    Stat {
+        path: Vec<u8>,
+        follow: bool,
+    },
+    List {
+        path: Vec<u8>,
+    },
+    Access {
+        path: Vec<u8>,
+        mode: u32,
+    },
     /// Open, remove the name, go on using the file.
-    UseUnlinked { path: Vec<u8>, salt: u8 },
+    UseUnlinked {
+        path: Vec<u8>,
+        salt: u8,
+    },
     /// Open, rename another file over the name, go on using the old one.
-    UseReplaced { path: Vec<u8>, by: Vec<u8>, salt: u8 },
+    UseReplaced {
+        path: Vec<u8>,
+        by: Vec<u8>,
+        salt: u8,
+    },
 }
 
 /// The names in use. Few, so that operations meet.
@@ -173,7 +246,11 @@ fn generate(rng: &mut Rng, xattr: bool) -> Operation {
         1 => Operation::Mkdir { path, mode: mode & 0o1777 },
         2 => Operation::Fifo { path, mode: mode & 0o777 },
         3 => {
-            let target = if rng.percent(15) { "t/".repeat(rng.between(30, 400) as usize) } else { (*rng.pick(&targets)).to_owned() };
+            let target = if rng.percent(15) {
+                "t/".repeat(rng.between(30, 400) as usize)
+            } else {
+                (*rng.pick(&targets)).to_owned()
+            };
             Operation::Symlink { path, target }
         }
         4 => Operation::Link { from: path, to: other, follow: rng.percent(20) },
@@ -196,7 +273,9 @@ fn generate(rng: &mut Rng, xattr: bool) -> Operation {
         11 => Operation::Truncate { path, size: *rng.pick(&[0, 1, 4095, 4096, 10_000, 1 << 20, 5 << 30]) },
         12 => Operation::WriteWhole { path, len, salt },
         13 => Operation::Append { path, len, salt },
-        14 => Operation::SetXattr { path, name: attribute, len: rng.below(120) as usize, flags: *rng.pick(&[0, 0, 1, 2]) },
+        14 => {
+            Operation::SetXattr { path, name: attribute, len: rng.below(120) as usize, flags: *rng.pick(&[0, 0, 1, 2]) }
+        }
         15 => Operation::GetXattr { path, name: attribute },
         16 => Operation::RemoveXattr { path, name: attribute },
         17 => Operation::Stat { path, follow: rng.percent(50) },
@@ -288,7 +367,9 @@ impl Tree {
                 self.open_file(path, flags, *mode).map(|f| format!("size {}", f.metadata().map_or(0, |m| m.len())))
             }
             Operation::Mkdir { path: p, mode: m } => fs::mkdirat(&self.root, path(p), mode(*m)).map(nothing),
-            Operation::Fifo { path: p, mode: m } => fs::mknodat(&self.root, path(p), FileType::Fifo, mode(*m), 0).map(nothing),
+            Operation::Fifo { path: p, mode: m } => {
+                fs::mknodat(&self.root, path(p), FileType::Fifo, mode(*m), 0).map(nothing)
+            }
             Operation::Symlink { path: p, target } => fs::symlinkat(target, &self.root, path(p)).map(nothing),
             Operation::Link { from, to, follow } => {
                 let flags = if *follow { AtFlags::SYMLINK_FOLLOW } else { AtFlags::empty() };
@@ -300,7 +381,9 @@ impl Tree {
                 let flags = RenameFlags::from_bits_retain(*flags);
                 fs::renameat_with(&self.root, path(from), &self.root, path(to), flags).map(nothing)
             }
-            Operation::Chmod { path: p, mode: m } => fs::chmodat(&self.root, path(p), mode(*m), AtFlags::empty()).map(nothing),
+            Operation::Chmod { path: p, mode: m } => {
+                fs::chmodat(&self.root, path(p), mode(*m), AtFlags::empty()).map(nothing)
+            }
             Operation::Chown { path: p, uid, gid } => {
                 let (uid, gid) = (uid.map(rustix::fs::Uid::from_raw), gid.map(rustix::fs::Gid::from_raw));
                 fs::chownat(&self.root, path(p), uid, gid, AtFlags::SYMLINK_NOFOLLOW).map(nothing)
@@ -387,7 +470,8 @@ impl Tree {
         let flags = if follow { AtFlags::empty() } else { AtFlags::SYMLINK_NOFOLLOW };
         let s = fs::statat(&self.root, path(names), flags)?;
         let kind = FileType::from_raw_mode(s.st_mode);
-        let mut text = format!("{kind:?} mode {:o} owner {}:{} links {}", s.st_mode & 0o7777, s.st_uid, s.st_gid, s.st_nlink);
+        let mut text =
+            format!("{kind:?} mode {:o} owner {}:{} links {}", s.st_mode & 0o7777, s.st_uid, s.st_gid, s.st_nlink);
         match kind {
             FileType::Symlink => {
                 let target = fs::readlinkat(&self.root, path(names), Vec::new())?;
@@ -479,15 +563,19 @@ impl Exerciser {
     /// Carry out and compare; a text says what disagrees.
     fn step(&self, number: u64, operation: &Operation) -> Result<Option<String>> {
         let through = number as usize % self.mounts.len();
-        let other = (through + 1 + number as usize / 7 % self.mounts.len().saturating_sub(1).max(1)) % self.mounts.len();
+        let other =
+            (through + 1 + number as usize / 7 % self.mounts.len().saturating_sub(1).max(1)) % self.mounts.len();
         let tested = self.mounts[through].perform(operation);
         let reference = self.reference.perform(operation);
         if !agree(&tested, &reference) {
-            return Ok(Some(format!("result through mount {through}: {tested:?}\nresult of the reference: {reference:?}")));
+            return Ok(Some(format!(
+                "result through mount {through}: {tested:?}\nresult of the reference: {reference:?}"
+            )));
         }
         for names in operation.paths() {
             for seen in [other, through] {
-                let (tested, reference) = (self.mounts[seen].describe(names, false), self.reference.describe(names, false));
+                let (tested, reference) =
+                    (self.mounts[seen].describe(names, false), self.reference.describe(names, false));
                 if !agree(&tested, &reference) {
                     return Ok(Some(format!(
                         "{:?} afterwards, done through mount {through}\n  through mount {seen}: {tested:?}\n  the reference:   {reference:?}",
@@ -504,7 +592,9 @@ impl Exerciser {
         self.reference.walk(&mut Vec::new(), &mut expected, &mut BTreeMap::new()).context("walk the reference")?;
         for (number, mount) in self.mounts.iter().enumerate() {
             let mut found = Vec::new();
-            mount.walk(&mut Vec::new(), &mut found, &mut BTreeMap::new()).with_context(|| format!("walk mount {number}"))?;
+            mount
+                .walk(&mut Vec::new(), &mut found, &mut BTreeMap::new())
+                .with_context(|| format!("walk mount {number}"))?;
             if found != expected {
                 let differing: Vec<String> = expected
                     .iter()
@@ -527,7 +617,8 @@ fn run(arguments: &Arguments) -> Result<bool> {
     let seed = seed_or_clock(arguments.seed);
     let name = format!("namespace-{seed}-{}", std::process::id());
     let work = mounts.work_directory(&name)?;
-    let beside = Mounts::new(std::slice::from_ref(&arguments.reference))?.work_directory(&format!("{name}-reference"))?;
+    let beside =
+        Mounts::new(std::slice::from_ref(&arguments.reference))?.work_directory(&format!("{name}-reference"))?;
     for directory in [work.on(0), beside.on(0)] {
         fs::chmod(directory, Mode::from_raw_mode(0o755))?;
         // Owner and group of the roots, and of what is born in them, must be the same.
@@ -564,7 +655,9 @@ fn run(arguments: &Arguments) -> Result<bool> {
         }
         if let Some(difference) = outcome {
             drop(progress);
-            println!("FAIL at operation {number}: {operation:?}\n{difference}\n\nthe last operations (names: 0-4 are a-e, 5 is 255 bytes long, 6 too long, 7 not UTF-8, 8 .., 9 .):");
+            println!(
+                "FAIL at operation {number}: {operation:?}\n{difference}\n\nthe last operations (names: 0-4 are a-e, 5 is 255 bytes long, 6 too long, 7 not UTF-8, 8 .., 9 .):"
+            );
             for (n, operation) in history.iter().enumerate().skip(history.len().saturating_sub(arguments.last)) {
                 println!("{n:>7}  {operation:?}");
             }
@@ -575,7 +668,11 @@ fn run(arguments: &Arguments) -> Result<bool> {
                 file.write_all(b"\n")?;
             }
             let mounts: Vec<String> = arguments.mounts.iter().map(|m| format!("--mount {}", m.display())).collect();
-            let common = format!("verbfs-namespace-exerciser {} --reference {}", mounts.join(" "), arguments.reference.display());
+            let common = format!(
+                "verbfs-namespace-exerciser {} --reference {}",
+                mounts.join(" "),
+                arguments.reference.display()
+            );
             println!("\nagain:  {common} --seed {seed} --operations {}", arguments.operations);
             println!("replay: {common} --replay {}", path.display());
             return Ok(false);

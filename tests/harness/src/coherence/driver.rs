@@ -35,6 +35,8 @@ pub struct Plan {
     pub max_io: u64,
     /// Whether the data family asks for sizes.
     pub stat: bool,
+    /// Calls are pretended to take up to so many microseconds longer.
+    pub dilate: u64,
     /// After so long a call counts as stuck.
     pub stall_seconds: u64,
 }
@@ -94,7 +96,8 @@ fn final_look(plan: &Plan, work: &WorkDirectory, calls: &mut Vec<Call>) -> Resul
                     let handle = File::open(root.join(format!("f{file}")))?;
                     let len = plan.max_io.min(1 << 20);
                     let mut buffer = crate::sys::PageBuffer::new(1 << 20);
-                    for offset in [0, 4096, (1 << 20) - 4096] {
+                    let tail = handle.metadata()?.len().saturating_sub(len) & !7;
+                    for offset in [0, 4096, (1 << 20) - 4096, tail] {
                         let start = now();
                         let n = handle.read_at(&mut buffer[..len as usize], offset)?;
                         let end = Some(now());
@@ -141,6 +144,7 @@ pub fn record(plan: &Plan, work: &WorkDirectory) -> Result<Recorded> {
             operations: plan.operations.div_ceil(clients as u64),
             max_io: plan.max_io,
             stat: plan.stat,
+            dilate: plan.dilate,
             punch,
             stall_seconds: plan.stall_seconds,
         };

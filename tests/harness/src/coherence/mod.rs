@@ -81,6 +81,8 @@ pub struct ClientConfig {
     pub stat: bool,
     /// Whether `fallocate` can punch holes here.
     pub punch: bool,
+    /// Pretend that calls take up to so many microseconds longer, before and after.
+    pub dilate: u64,
     /// How long a call may take before the run is declared stuck.
     pub stall_seconds: u64,
 }

@@ -53,7 +53,10 @@ fn judge<M: Model>(object: Object<M>, report: &mut Report, show: impl Fn(&M::Sta
                 show(&r.before)
             );
             let from = r.window.len().saturating_sub(WINDOW_LINES);
-            text += &format!("  The window (times in microseconds around that call; {} calls, {from} not shown):\n", r.window.len());
+            text += &format!(
+                "  The window (times in microseconds around that call; {} calls, {from} not shown):\n",
+                r.window.len()
+            );
             for &w in &r.window[from..] {
                 let mark = if w == r.call { ">>" } else { "  " };
                 text += &format!("{mark}{}\n", calls[w].1.line(origin));
@@ -97,7 +100,9 @@ pub fn verdict(calls: &[Call], clients: usize) -> Report {
             }
             Op::Name(op) => names.push(timed(call, op.clone())),
             Op::Lock { flock, op } => locks.entry(*flock).or_default().push(timed(call, op.clone())),
-            Op::Unexpected { .. } => report.failures.push(format!("an impossible result:\n  {}", call.line(call.start))),
+            Op::Unexpected { .. } => {
+                report.failures.push(format!("an impossible result:\n  {}", call.line(call.start)))
+            }
         }
     }
     for (file, calls) in files {
@@ -139,10 +144,7 @@ pub fn inject_stale_read(calls: &mut [Call], rng: &mut Rng) -> Option<String> {
     let end = |c: &Call| c.end.unwrap_or(u64::MAX);
     let readers: Vec<usize> = (0..calls.len())
         .filter(|&i| {
-            matches!(
-                &calls[i].op,
-                Op::Data { op: DataOp::Read { .. }, .. } | Op::Word { op: WordOp::Load { .. }, .. }
-            )
+            matches!(&calls[i].op, Op::Data { op: DataOp::Read { .. }, .. } | Op::Word { op: WordOp::Load { .. }, .. })
         })
         .collect();
     if readers.is_empty() {
@@ -207,4 +209,3 @@ pub fn inject_stale_read(calls: &mut [Call], rng: &mut Rng) -> Option<String> {
     }
     None
 }
-

@@ -144,7 +144,14 @@ impl NameModel {
         Ok(false)
     }
 
-    fn rename(state: &NameState, from: Slot, to: Slot, kind: RenameKind, result: i32, come: &Come) -> Vec<Step<NameState, Come>> {
+    fn rename(
+        state: &NameState,
+        from: Slot,
+        to: Slot,
+        kind: RenameKind,
+        result: i32,
+        come: &Come,
+    ) -> Vec<Step<NameState, Come>> {
         let done_if = |good: bool| if good { vec![Step::Done(state.clone())] } else { vec![] };
         match come {
             Come::Start => match state[from] {

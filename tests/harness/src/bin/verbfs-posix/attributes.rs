@@ -79,10 +79,10 @@ fn utimens_exact_everywhere(c: &Context) -> Result<()> {
 fn utimens_omit_and_now(c: &Context) -> Result<()> {
     File::create(c.a("f"))?;
     fs::utimensat(CWD, c.a("f"), &stamps((5, 5), (6, 6)), AtFlags::empty())?;
-    fs::utimensat(CWD, c.b("f"), &stamps((9, 0), (0, fs::UTIME_OMIT as i64)), AtFlags::empty())?;
+    fs::utimensat(CWD, c.b("f"), &stamps((9, 0), (0, fs::UTIME_OMIT)), AtFlags::empty())?;
     let m = metadata(c.c("f"))?;
     same!((m.mtime(), m.mtime_nsec(), m.atime()), (6, 6, 9), "times after UTIME_OMIT");
-    fs::utimensat(CWD, c.b("f"), &stamps((0, fs::UTIME_OMIT as i64), (0, fs::UTIME_NOW as i64)), AtFlags::empty())?;
+    fs::utimensat(CWD, c.b("f"), &stamps((0, fs::UTIME_OMIT), (0, fs::UTIME_NOW)), AtFlags::empty())?;
     let m = metadata(c.a("f"))?;
     ensure!(m.mtime() > 1_600_000_000, "UTIME_NOW gave {}", m.mtime());
     same!(m.atime(), 9, "atime after UTIME_OMIT");
@@ -306,7 +306,11 @@ fn blocks_after_fsync(c: &Context) -> Result<()> {
 fn statx_basic_fields(c: &Context) -> Result<()> {
     File::create(c.a("f"))?.write_all(b"12345")?;
     let x = fs::statx(CWD, c.b("f"), AtFlags::empty(), fs::StatxFlags::BASIC_STATS)?;
-    ensure!(x.stx_mask & fs::StatxFlags::BASIC_STATS.bits() == fs::StatxFlags::BASIC_STATS.bits(), "fields are missing: {:x}", x.stx_mask);
+    ensure!(
+        x.stx_mask & fs::StatxFlags::BASIC_STATS.bits() == fs::StatxFlags::BASIC_STATS.bits(),
+        "fields are missing: {:x}",
+        x.stx_mask
+    );
     let m = metadata(c.c("f"))?;
     same!((x.stx_size, x.stx_ino, x.stx_nlink as u64), (5, m.ino(), m.nlink()), "statx");
     same!(x.stx_mode as u32, m.mode(), "mode by statx");
@@ -348,9 +352,7 @@ fn permission_denied_for_others(c: &Context) -> Result<()> {
             Ok(())
         })?;
         fs::chmod(c.on(round, "f"), mode(0o600))?;
-        as_user(USER, &[], || {
-            fails_with(File::open(c.on(round + 1, "f")), &[Errno::ACCESS], "open after chmod 0600")
-        })?;
+        as_user(USER, &[], || fails_with(File::open(c.on(round + 1, "f")), &[Errno::ACCESS], "open after chmod 0600"))?;
     }
     Ok(())
 }
@@ -454,7 +456,13 @@ fn statfs_is_sane(c: &Context) -> Result<()> {
     for mount in 0..3 {
         let s = fs::statvfs(&*c.on(mount, ""))?;
         ensure!(s.f_bsize >= 512 && s.f_frsize >= 512, "block sizes {} and {}", s.f_bsize, s.f_frsize);
-        ensure!(s.f_blocks > 0 && s.f_bfree <= s.f_blocks && s.f_bavail <= s.f_bfree, "blocks {}, free {}, available {}", s.f_blocks, s.f_bfree, s.f_bavail);
+        ensure!(
+            s.f_blocks > 0 && s.f_bfree <= s.f_blocks && s.f_bavail <= s.f_bfree,
+            "blocks {}, free {}, available {}",
+            s.f_blocks,
+            s.f_bfree,
+            s.f_bavail
+        );
         ensure!(s.f_namemax == 255, "longest name {}", s.f_namemax);
     }
     Ok(())
@@ -509,8 +517,16 @@ fn xattr_seen_everywhere(c: &Context) -> Result<()> {
 fn xattr_create_and_replace(c: &Context) -> Result<()> {
     File::create(c.a("f"))?;
     set(&c.a("f"), "user.probe", b"1", XattrFlags::empty())?;
-    fails_with(fs::setxattr(c.b("f"), "user.probe", b"2", XattrFlags::CREATE), &[Errno::EXIST], "XATTR_CREATE of an existing one")?;
-    fails_with(fs::setxattr(c.b("f"), "user.none", b"2", XattrFlags::REPLACE), &[Errno::NODATA], "XATTR_REPLACE of a missing one")?;
+    fails_with(
+        fs::setxattr(c.b("f"), "user.probe", b"2", XattrFlags::CREATE),
+        &[Errno::EXIST],
+        "XATTR_CREATE of an existing one",
+    )?;
+    fails_with(
+        fs::setxattr(c.b("f"), "user.none", b"2", XattrFlags::REPLACE),
+        &[Errno::NODATA],
+        "XATTR_REPLACE of a missing one",
+    )?;
     fs::setxattr(c.b("f"), "user.probe", b"3", XattrFlags::REPLACE)?;
     fs::setxattr(c.b("f"), "user.new", b"4", XattrFlags::CREATE)?;
     same!(get(&c.c("f"), "user.probe")?, b"3", "value");
@@ -568,7 +584,11 @@ fn xattr_of_directory_and_others(c: &Context) -> Result<()> {
     same!(get(&c.b("d"), "user.d")?, b"directory", "value");
     std::os::unix::fs::symlink("d", c.a("s"))?;
     same!(get(&c.b("s"), "user.d")?, b"directory", "value through a symbolic link");
-    fails_with(fs::lsetxattr(c.b("s"), "user.s", b"x", XattrFlags::empty()), &[Errno::PERM], "user attribute of a symbolic link")?;
+    fails_with(
+        fs::lsetxattr(c.b("s"), "user.s", b"x", XattrFlags::empty()),
+        &[Errno::PERM],
+        "user attribute of a symbolic link",
+    )?;
     need_root()?;
     set(&c.a("d"), "trusted.t", b"root", XattrFlags::empty())?;
     same!(get(&c.b("d"), "trusted.t")?, b"root", "trusted value");

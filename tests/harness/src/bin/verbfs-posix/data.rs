@@ -27,7 +27,13 @@ checks! {
 }
 
 fn open(path: &Path) -> Result<File> {
-    File::options().read(true).write(true).create(true).truncate(false).open(path).with_context(|| format!("open {}", path.display()))
+    File::options()
+        .read(true)
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .open(path)
+        .with_context(|| format!("open {}", path.display()))
 }
 
 fn on_all(c: &Context, name: &str) -> Result<Vec<File>> {
@@ -56,7 +62,12 @@ fn differ(got: &[u8], expected: &[u8], what: &str) -> Result<()> {
     ensure!(got.len() == expected.len(), "{what}: {} bytes, expected {}", got.len(), expected.len());
     if let Some(at) = got.iter().zip(expected).position(|(g, e)| g != e) {
         let wrong = got.iter().zip(expected).filter(|(g, e)| g != e).count();
-        bail!("{what}: byte {at} is {:#04x}, expected {:#04x} ({wrong} of {} differ)", got[at], expected[at], got.len());
+        bail!(
+            "{what}: byte {at} is {:#04x}, expected {:#04x} ({wrong} of {} differ)",
+            got[at],
+            expected[at],
+            got.len()
+        );
     }
     Ok(())
 }
@@ -118,8 +129,14 @@ fn append_from_all_mounts_never_overwrites(c: &Context) -> Result<()> {
             let len = u32::from_le_bytes(bytes[at..at + 4].try_into()?) as usize;
             let n = u32::from_le_bytes(bytes[at + 4..at + 8].try_into()?);
             let writer = bytes[at + 8] as usize;
-            ensure!(writer < WRITERS && len == length(writer, n) && at + len <= bytes.len(), "no record begins at {at} (mount {mount})");
-            ensure!(bytes[at + 8..at + len].iter().all(|b| *b as usize == writer), "the record at {at} is mixed (mount {mount})");
+            ensure!(
+                writer < WRITERS && len == length(writer, n) && at + len <= bytes.len(),
+                "no record begins at {at} (mount {mount})"
+            );
+            ensure!(
+                bytes[at + 8..at + len].iter().all(|b| *b as usize == writer),
+                "the record at {at} is mixed (mount {mount})"
+            );
             same!(n, next[writer], "number of writer {writer}'s record at {at}, mount {mount}");
             next[writer] += 1;
             at += len;
@@ -341,7 +358,10 @@ fn seek_finds_data_and_holes(c: &Context) -> Result<()> {
             at = hole;
         }
         for place in places {
-            ensure!(found.iter().any(|(d, h)| *d <= place && place + 4096 <= *h), "data at {place} is not among {found:?}");
+            ensure!(
+                found.iter().any(|(d, h)| *d <= place && place + 4096 <= *h),
+                "data at {place} is not among {found:?}"
+            );
         }
         fails_with(fs::seek(file, SeekFrom::Data(12 << 20)), &[Errno::NXIO], "SEEK_DATA at the end")?;
         fails_with(fs::seek(file, SeekFrom::Hole(13 << 20)), &[Errno::NXIO], "SEEK_HOLE behind the end")?;
@@ -361,14 +381,19 @@ fn punch_hole(c: &Context) -> Result<()> {
     let mut expected = pattern(1, 2_300_000);
     files[0].write_all_at(&expected, 0)?;
     let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-    for (n, (offset, len)) in [(0, 4096), (5000, 100), (8000, 9000), (1_040_000, 20_000), (2_290_000, 50_000)].into_iter().enumerate() {
+    for (n, (offset, len)) in
+        [(0, 4096), (5000, 100), (8000, 9000), (1_040_000, 20_000), (2_290_000, 50_000)].into_iter().enumerate()
+    {
         allocate(&files[n % 3], flags, offset as u64, len as u64)?;
         let end = (offset + len).min(expected.len());
         expected[offset..end].fill(0);
         differ(&read_at(&files[(n + 1) % 3], 0, 3_000_000)?, &expected, &format!("hole at {offset}"))?;
     }
     same!(metadata(c.b("f"))?.len(), 2_300_000, "size");
-    let before = { files[0].sync_all()?; metadata(c.b("f"))?.blocks() };
+    let before = {
+        files[0].sync_all()?;
+        metadata(c.b("f"))?.blocks()
+    };
     allocate(&files[1], flags, 0, 2 << 20)?;
     files[0].sync_all()?;
     let after = metadata(c.c("f"))?.blocks();
@@ -698,7 +723,10 @@ fn mtime_of_mapped_writes(c: &Context) -> Result<()> {
     mapping.store(0, 1);
     mapping.sync()?;
     let after = metadata(c.b("f"))?;
-    ensure!((after.mtime(), after.mtime_nsec()) > (before.mtime(), before.mtime_nsec()), "mtime did not move after a mapped write and msync");
+    ensure!(
+        (after.mtime(), after.mtime_nsec()) > (before.mtime(), before.mtime_nsec()),
+        "mtime did not move after a mapped write and msync"
+    );
     Ok(())
 }
 
@@ -707,7 +735,9 @@ fn execute_from_the_mount(c: &Context) -> Result<()> {
     std::fs::copy(&program, c.a("true"))?;
     std::fs::set_permissions(c.a("true"), std::fs::Permissions::from_mode(0o755))?;
     for mount in 0..3 {
-        let status = std::process::Command::new(c.on(mount, "true")).status().with_context(|| format!("exec through mount {mount}"))?;
+        let status = std::process::Command::new(c.on(mount, "true"))
+            .status()
+            .with_context(|| format!("exec through mount {mount}"))?;
         ensure!(status.success(), "the program on mount {mount} ended with {status}");
     }
     std::fs::write(c.b("script"), "#!/bin/sh\necho from-the-mount\n")?;

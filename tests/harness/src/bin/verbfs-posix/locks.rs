@@ -94,7 +94,15 @@ fn refused(c: &Context, mount: usize, kind: i32, start: u64, len: u64) -> Result
     }
 }
 
-fn expect_refused(c: &Context, expected: bool, mount: usize, kind: i32, start: u64, len: u64, what: &str) -> Result<()> {
+fn expect_refused(
+    c: &Context,
+    expected: bool,
+    mount: usize,
+    kind: i32,
+    start: u64,
+    len: u64,
+    what: &str,
+) -> Result<()> {
     same!(refused(c, mount, kind, start, len)?, expected, "refused: {what}, mount {mount}, {start}+{len}");
     Ok(())
 }
@@ -376,7 +384,11 @@ fn fcntl_locks_are_of_the_file(c: &Context) -> Result<()> {
     holder.release()
 }
 
-fn counter(c: &Context, take: impl Fn(&File) -> Result<()> + Copy, give: impl Fn(&File) -> Result<()> + Copy) -> Result<()> {
+fn counter(
+    c: &Context,
+    take: impl Fn(&File) -> Result<()> + Copy,
+    give: impl Fn(&File) -> Result<()> + Copy,
+) -> Result<()> {
     const ROUNDS: u64 = 60;
     const PROCESSES: usize = 6;
     open(c, 0)?.write_all_at(&0u64.to_le_bytes(), 0)?;

@@ -84,7 +84,8 @@ fn absence_is_not_remembered(c: &Context) -> Result<()> {
             _ => std::fs::rename(c.on(n, &format!("f{}", n - 1)), c.on(n, &name))?,
         }
         for seen in 0..3 {
-            std::fs::symlink_metadata(c.on(seen, &name)).with_context(|| format!("stat of {name} through mount {seen}"))?;
+            std::fs::symlink_metadata(c.on(seen, &name))
+                .with_context(|| format!("stat of {name} through mount {seen}"))?;
         }
     }
     Ok(())
@@ -212,7 +213,11 @@ fn rename_moves_directories(c: &Context) -> Result<()> {
     fails_with(metadata(c.a("one/d")), &[Errno::NOENT], "the old name")?;
     same!(metadata(c.a("two/e"))?.ino(), inode, "inode number");
     for seen in 0..3 {
-        same!(metadata(c.on(seen, "two/e/.."))?.ino(), metadata(c.on(seen, "two"))?.ino(), "its parent through mount {seen}");
+        same!(
+            metadata(c.on(seen, "two/e/.."))?.ino(),
+            metadata(c.on(seen, "two"))?.ino(),
+            "its parent through mount {seen}"
+        );
     }
     // Over an empty directory it may go, and it is that directory's place then.
     std::fs::create_dir(c.c("one/empty"))?;
@@ -225,7 +230,11 @@ fn rename_into_itself_refused(c: &Context) -> Result<()> {
     std::fs::create_dir_all(c.a("d/sub/deeper"))?;
     fails_with(std::fs::rename(c.b("d"), c.b("d/sub/new")), &[Errno::INVAL], "rename into itself")?;
     fails_with(std::fs::rename(c.b("d"), c.b("d/sub/deeper")), &[Errno::INVAL], "rename over its own grandchild")?;
-    fails_with(std::fs::rename(c.b("d/sub/deeper"), c.b("d")), &[Errno::NOTEMPTY, Errno::EXIST], "rename over its ancestor")?;
+    fails_with(
+        std::fs::rename(c.b("d/sub/deeper"), c.b("d")),
+        &[Errno::NOTEMPTY, Errno::EXIST],
+        "rename over its ancestor",
+    )?;
     // Two opposite moves at the same time: a loop must never come of it.
     for round in 0..30 {
         std::fs::create_dir_all(c.a("l"))?;
@@ -236,14 +245,21 @@ fn rename_into_itself_refused(c: &Context) -> Result<()> {
             .map(|(mount, (from, to))| {
                 Task::start(move || match std::fs::rename(c.on(mount, from), c.on(mount, to)) {
                     Ok(()) => Ok(()),
-                    Err(e) if [libc::ENOENT, libc::EINVAL, libc::ENOTEMPTY].contains(&e.raw_os_error().unwrap_or(0)) => Ok(()),
+                    Err(e)
+                        if [libc::ENOENT, libc::EINVAL, libc::ENOTEMPTY].contains(&e.raw_os_error().unwrap_or(0)) =>
+                    {
+                        Ok(())
+                    }
                     Err(e) => Err(e.into()),
                 })
             })
             .collect::<Result<_>>()?;
         results.into_iter().try_for_each(Task::join)?;
         let names = names_in(&c.c(""))?;
-        ensure!(names.contains(&"l".to_owned()) || names.contains(&"r".to_owned()), "both directories left the tree in round {round}");
+        ensure!(
+            names.contains(&"l".to_owned()) || names.contains(&"r".to_owned()),
+            "both directories left the tree in round {round}"
+        );
         for name in ["l", "r"] {
             let _ = std::fs::remove_dir_all(c.a(name));
         }
@@ -352,7 +368,11 @@ fn create_in_removed_directory(c: &Context) -> Result<()> {
     fails_with(fs::symlinkat("x", &directory, "s"), &[Errno::NOENT, Errno::STALE], "symlink")?;
     // A new directory of that name is another one.
     std::fs::create_dir(c.c("d"))?;
-    fails_with(fs::openat(&directory, "f", flags, mode(0o644)), &[Errno::NOENT, Errno::STALE], "create in the old one")?;
+    fails_with(
+        fs::openat(&directory, "f", flags, mode(0o644)),
+        &[Errno::NOENT, Errno::STALE],
+        "create in the old one",
+    )?;
     std::fs::write(c.a("d/f"), "new")?;
     Ok(())
 }
@@ -454,15 +474,15 @@ fn names_up_to_255_bytes(c: &Context) -> Result<()> {
 }
 
 fn names_of_any_bytes(c: &Context) -> Result<()> {
-    let names: [&[u8]; 6] = [b" ", b"new\nline", b"\xff\xfe not utf8", "\u{1F980}".as_bytes(), b"...", b"back\\slash\t\x01"];
+    let names: [&[u8]; 6] =
+        [b" ", b"new\nline", b"\xff\xfe not utf8", "\u{1F980}".as_bytes(), b"...", b"back\\slash\t\x01"];
     for name in names {
         let name = OsStr::from_bytes(name);
         std::fs::write(c.a("").join(name), name.as_bytes())?;
         same!(std::fs::read(c.b("").join(name))?, name.as_bytes(), "bytes of {name:?}");
     }
-    let mut listed: Vec<Vec<u8>> = std::fs::read_dir(c.c(""))?
-        .map(|e| Ok(e?.file_name().as_bytes().to_vec()))
-        .collect::<std::io::Result<_>>()?;
+    let mut listed: Vec<Vec<u8>> =
+        std::fs::read_dir(c.c(""))?.map(|e| Ok(e?.file_name().as_bytes().to_vec())).collect::<std::io::Result<_>>()?;
     listed.sort();
     let mut expected: Vec<Vec<u8>> = names.iter().map(|n| n.to_vec()).collect();
     expected.sort();
@@ -539,9 +559,17 @@ fn open_flags_by_kind(c: &Context) -> Result<()> {
     fails_with(open("f/", OFlags::RDONLY), &[Errno::NOTDIR], "a file with a slash behind")?;
     fails_with(open("s", OFlags::NOFOLLOW), &[Errno::LOOP], "O_NOFOLLOW on a link")?;
     fails_with(open("none", OFlags::RDONLY), &[Errno::NOENT], "nothing")?;
-    fails_with(rustix::io::read(open("d", OFlags::RDONLY)?, &mut [0u8; 8][..]), &[Errno::ISDIR], "read of a directory")?;
+    fails_with(
+        rustix::io::read(open("d", OFlags::RDONLY)?, &mut [0u8; 8][..]),
+        &[Errno::ISDIR],
+        "read of a directory",
+    )?;
     fails_with(rustix::io::write(open("f", OFlags::RDONLY)?, b"x"), &[Errno::BADF], "write to a read-only handle")?;
-    fails_with(rustix::io::read(open("f", OFlags::WRONLY)?, &mut [0u8; 8][..]), &[Errno::BADF], "read from a write-only handle")?;
+    fails_with(
+        rustix::io::read(open("f", OFlags::WRONLY)?, &mut [0u8; 8][..]),
+        &[Errno::BADF],
+        "read from a write-only handle",
+    )?;
     Ok(())
 }
 
@@ -611,7 +639,8 @@ fn raw_entries(directory: impl AsFd) -> Result<Vec<Entry>> {
 }
 
 fn open_directory(path: &Path) -> Result<OwnedFd> {
-    fs::open(path, OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty()).with_context(|| format!("opendir {}", path.display()))
+    fs::open(path, OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
+        .with_context(|| format!("opendir {}", path.display()))
 }
 
 fn dot_and_dot_dot(c: &Context) -> Result<()> {
@@ -631,7 +660,8 @@ fn directory_entry_kinds(c: &Context) -> Result<()> {
     std::fs::create_dir(c.a("d"))?;
     symlink("f", c.a("s"))?;
     fs::mknodat(CWD, c.a("p"), FileType::Fifo, mode(0o600), 0)?;
-    let kinds = [("f", FileType::RegularFile), ("d", FileType::Directory), ("s", FileType::Symlink), ("p", FileType::Fifo)];
+    let kinds =
+        [("f", FileType::RegularFile), ("d", FileType::Directory), ("s", FileType::Symlink), ("p", FileType::Fifo)];
     let entries = raw_entries(open_directory(&c.b(""))?)?;
     for (name, kind) in kinds {
         let Some(entry) = entries.iter().find(|e| e.name == name.as_bytes()) else { bail!("{name} is not listed") };
@@ -684,7 +714,11 @@ fn directory_of_many_entries(c: &Context) -> Result<()> {
         .map(|mount| {
             Box::new(move || {
                 for n in (mount..count).step_by(3) {
-                    fs::open(c.on(mount, &format!("stays-{n}")), OFlags::CREATE | OFlags::EXCL | OFlags::WRONLY, mode(0o644))?;
+                    fs::open(
+                        c.on(mount, &format!("stays-{n}")),
+                        OFlags::CREATE | OFlags::EXCL | OFlags::WRONLY,
+                        mode(0o644),
+                    )?;
                 }
                 Ok(())
             }) as Box<dyn FnOnce() -> Result<()>>
