@@ -15,6 +15,7 @@
 //! | [`coherence`] | concurrent client processes that record histories |
 //! | [`pattern`] | file contents in which every word tells who wrote it, and where |
 //! | [`progress`] | long work shows that it lives |
+//! | [`watchdog`] | a call that does not come back is reported |
 //! | [`sys`] | the few system calls that `rustix` and `nix` do not wrap |
 //!
 //! The binaries `verbfs-coherence`, `verbfs-exerciser`, `verbfs-namespace-exerciser` and `verbfs-posix` explain
@@ -30,3 +31,4 @@ pub mod pattern;
 pub mod progress;
 pub mod rng;
 pub mod sys;
+pub mod watchdog;

@@ -20,7 +20,7 @@
 //! of differing bytes, and the last operations, newest last. The same seed makes the same operations again. All operations are
 //! also written to a file, one a line; `--replay` carries out such a file, so lines may be deleted by hand to find the shortest one.
 //!
-//! Exit status: 0 good, 1 a difference, 3 the tool could not do its work.
+//! Exit status: 0 good, 1 a difference, 2 standstill, 3 the tool could not do its work.
 
 use anyhow::{Context, Result, bail, ensure};
 use clap::Parser;
@@ -38,6 +38,7 @@ use verbfs_harness::mounts::{Mounts, WorkDirectory};
 use verbfs_harness::progress::Progress;
 use verbfs_harness::rng::{Rng, seed_or_clock};
 use verbfs_harness::sys::{Mapping, PageBuffer};
+use verbfs_harness::watchdog::Watchdog;
 
 /// Compare a file under random operations, through several mounts, with a model in memory.
 #[derive(Parser, Debug)]
@@ -61,6 +62,9 @@ struct Arguments {
     /// Do without direct I/O (XFS may answer EIO when it meets stores through a mapping).
     #[arg(long)]
     no_direct: bool,
+    /// An operation that takes longer ends the run with exit status 2.
+    #[arg(long, default_value_t = 60)]
+    stall_seconds: u64,
     /// How many operations to print on failure.
     #[arg(long, default_value_t = 20)]
     last: usize,
@@ -644,6 +648,7 @@ fn run(arguments: &Arguments) -> Result<bool> {
     let mounts = Mounts::new(&arguments.mounts)?;
     ensure!(arguments.max_size >= 4 * PAGE, "--max-size is below four pages");
     let seed = seed_or_clock(arguments.seed);
+    let watchdog = Watchdog::ending_the_program(arguments.stall_seconds);
     let mut work = mounts.work_directory(&format!("exerciser-{seed}-{}", std::process::id()))?;
     let mut exerciser = Exerciser::new(&work, arguments)?;
     let replayed: Option<Vec<Operation>> = match &arguments.replay {
@@ -667,7 +672,8 @@ fn run(arguments: &Arguments) -> Result<bool> {
             None => exerciser.generate(&mut rng),
         };
         history.push(operation.clone());
-        if let Err(error) = exerciser.carry_out(&operation) {
+        let outcome = watchdog.during(format!("operation {number}: {operation:?}"), || exerciser.carry_out(&operation));
+        if let Err(error) = outcome {
             drop(progress);
             println!("FAIL at operation {number}: {operation:?}\n{error:#}\n\nthe last operations:");
             for (n, operation) in history.iter().enumerate().skip(history.len().saturating_sub(arguments.last)) {

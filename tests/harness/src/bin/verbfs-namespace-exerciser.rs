@@ -21,7 +21,7 @@
 //! Error numbers on which POSIX gives a choice count as equal: EEXIST and ENOTEMPTY. The reference must be a file system with
 //! extended attributes and link counts of directories (ext4, XFS, tmpfs from Linux 6.6 on).
 //!
-//! Exit status: 0 good, 1 a difference, 3 the tool could not do its work.
+//! Exit status: 0 good, 1 a difference, 2 standstill, 3 the tool could not do its work.
 
 use anyhow::{Context, Result, ensure};
 use clap::Parser;
@@ -40,6 +40,7 @@ use std::process::ExitCode;
 use verbfs_harness::mounts::Mounts;
 use verbfs_harness::progress::Progress;
 use verbfs_harness::rng::{Rng, seed_or_clock};
+use verbfs_harness::watchdog::Watchdog;
 
 /// Compare random operations on names with the same operations on a local directory.
 #[derive(Parser, Debug)]
@@ -60,6 +61,9 @@ struct Arguments {
     /// Carry out the operations of this file.
     #[arg(long)]
     replay: Option<PathBuf>,
+    /// An operation that takes longer ends the run with exit status 2.
+    #[arg(long, default_value_t = 60)]
+    stall_seconds: u64,
     /// How many operations to print on failure.
     #[arg(long, default_value_t = 20)]
     last: usize,
@@ -616,6 +620,7 @@ fn run(arguments: &Arguments) -> Result<bool> {
     let mounts = Mounts::new(&arguments.mounts)?;
     let seed = seed_or_clock(arguments.seed);
     let name = format!("namespace-{seed}-{}", std::process::id());
+    let watchdog = Watchdog::ending_the_program(arguments.stall_seconds);
     let work = mounts.work_directory(&name)?;
     let beside =
         Mounts::new(std::slice::from_ref(&arguments.reference))?.work_directory(&format!("{name}-reference"))?;
@@ -649,7 +654,8 @@ fn run(arguments: &Arguments) -> Result<bool> {
             None => generate(&mut rng, !arguments.no_xattr),
         };
         history.push(operation.clone());
-        let mut outcome = exerciser.step(number, &operation)?;
+        let mut outcome =
+            watchdog.during(format!("operation {number}: {operation:?}"), || exerciser.step(number, &operation))?;
         if outcome.is_none() && number + 1 == total {
             outcome = exerciser.compare_trees()?;
         }

@@ -10,6 +10,7 @@ use crate::model::words::{Via, WordOp};
 use crate::pattern;
 use crate::rng::Rng;
 use crate::sys::{self, Mapping, PageBuffer};
+use crate::watchdog::{Stall, Watchdog};
 use anyhow::{Context, Result, anyhow};
 use rustix::fs::{self, AtFlags, FallocateFlags, Mode as FileMode, OFlags, RenameFlags};
 use rustix::io::Errno;
@@ -17,16 +18,12 @@ use std::fs::File;
 use std::io::Write;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::{FileExt, MetadataExt};
-use std::sync::{Arc, Mutex};
 use std::time::Duration;
-
-/// The call in progress, for the watchdog.
-type Current = Arc<Mutex<Option<(u64, String)>>>;
 
 /// Makes calls, times them, and sends them to the driver.
 struct Recorder {
     config: ClientConfig,
-    current: Current,
+    watchdog: Watchdog,
     rng: Rng,
     /// Number of the next write; with the client's number it makes values unique.
     next_tag: u32,
@@ -56,8 +53,7 @@ impl Recorder {
             let pause = self.rng.below(60);
             std::thread::sleep(Duration::from_micros(pause));
         }
-        let start = now();
-        *self.current.lock().expect("the watchdog does not panic") = Some((start, what));
+        let start = self.watchdog.begin(what);
         let dilate = self.config.dilate;
         let mut lag = || {
             if dilate > 0 {
@@ -68,7 +64,7 @@ impl Recorder {
         let op = body();
         lag();
         let end = now();
-        *self.current.lock().expect("the watchdog does not panic") = None;
+        self.watchdog.end();
         let call = Call { client: self.config.client, mount: self.config.mount, start, end: Some(end), op };
         self.calls.push(Message::Call(call));
         if self.calls.len() >= GROUP {
@@ -87,38 +83,16 @@ impl Recorder {
     }
 }
 
-/// A thread that reports, and ends the process, when a call does not come back.
-fn watch(config: &ClientConfig, current: Current) {
-    let config = config.clone();
-    let thread = rustix::thread::gettid().as_raw_nonzero();
-    std::thread::spawn(move || {
-        loop {
-            std::thread::sleep(Duration::from_millis(200));
-            let stuck = current.lock().expect("the caller does not panic").clone();
-            let Some((start, call)) = stuck else { continue };
-            let seconds = now().saturating_sub(start) / 1_000_000_000;
-            if seconds < config.stall_seconds {
-                continue;
-            }
-            let kernel = ["wchan", "syscall", "stack"]
-                .map(|name| {
-                    let text = std::fs::read_to_string(format!("/proc/self/task/{thread}/{name}"));
-                    format!("{name}: {}", text.unwrap_or_else(|e| e.to_string()).trim())
-                })
-                .join("\n");
-            send(&[Message::Stalled { client: config.client, mount: config.mount, call, seconds, kernel }]);
-            std::thread::sleep(Duration::from_secs(1));
-        }
-    });
-}
-
 /// The whole life of a client process.
 pub fn main(config: &str) -> Result<()> {
     let config: ClientConfig = serde_json::from_str(config)?;
-    let current = Current::default();
-    watch(&config, current.clone());
+    let (client, mount) = (config.client, config.mount);
+    let watchdog = Watchdog::start(config.stall_seconds, move |stall| {
+        let Stall { call, seconds, kernel } = stall;
+        send(&[Message::Stalled { client, mount, call, seconds, kernel }]);
+    });
     let rng = Rng::new(config.seed).fork(config.client as u64);
-    let recorder = Recorder { config: config.clone(), current, rng, next_tag: 0, calls: Vec::new() };
+    let recorder = Recorder { config: config.clone(), watchdog, rng, next_tag: 0, calls: Vec::new() };
     match config.family {
         Family::Data => data(recorder),
         Family::Names => names(recorder),

@@ -9,6 +9,7 @@ use crate::model::words::{Via, WordOp};
 use crate::mounts::{Mounts, WorkDirectory};
 use crate::pattern;
 use crate::progress::Progress;
+use crate::watchdog::Watchdog;
 use anyhow::{Context, Result, bail};
 use rustix::fs::FallocateFlags;
 use std::fs::File;
@@ -17,6 +18,9 @@ use std::os::unix::fs::FileExt;
 use std::process::{Command, Stdio};
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
+
+/// The driver's own calls on the mounts, which make and remove many files, may take at least so many seconds.
+const DRIVER_PATIENCE: u64 = 20;
 
 /// What one run is to do.
 #[derive(Clone, Debug)]
@@ -126,8 +130,8 @@ fn final_look(plan: &Plan, work: &WorkDirectory, calls: &mut Vec<Call>) -> Resul
 }
 
 /// Run the clients of `plan` and collect what they did.
-pub fn record(plan: &Plan, work: &WorkDirectory) -> Result<Recorded> {
-    let punch = make_files(plan, work)?;
+pub fn record(plan: &Plan, work: &WorkDirectory, watchdog: &Watchdog) -> Result<Recorded> {
+    let punch = watchdog.during("making the files", || make_files(plan, work))?;
     let clients = plan.clients_per_mount * plan.mounts;
     let program = std::env::current_exe()?;
     let (sender, receiver) = mpsc::channel::<(usize, Option<Message>)>();
@@ -245,7 +249,7 @@ pub fn record(plan: &Plan, work: &WorkDirectory) -> Result<Recorded> {
     if let Some(client) = lost {
         bail!("client process {client} ended early; its message is above");
     }
-    final_look(plan, work, &mut calls)?;
+    watchdog.during("the look through every mount at the end", || final_look(plan, work, &mut calls))?;
     calls.sort_by_key(|c| c.start);
     Ok(Recorded::History(calls))
 }
@@ -257,10 +261,12 @@ pub fn run(
     change: impl FnOnce(&mut Vec<Call>) -> Result<()>,
 ) -> Result<(Recorded, Option<Report>)> {
     let name = format!("coherence-{}-{}-{}", plan.family.name(), plan.seed, std::process::id());
-    let work = mounts.work_directory(&name)?;
-    let mut recorded = record(plan, &work)?;
+    let watchdog = Watchdog::ending_the_program(plan.stall_seconds.max(DRIVER_PATIENCE));
+    let work = watchdog.during("making the working directory", || mounts.work_directory(&name))?;
+    let mut recorded = record(plan, &work, &watchdog)?;
     let report = match &mut recorded {
         Recorded::History(calls) => {
+            watchdog.during("removing the working directory", || drop(work));
             change(calls)?;
             Some(verdict(calls, driver_client(plan) as usize + 1))
         }
