@@ -110,7 +110,7 @@ fn with_fate(
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 120, failure_persistence: None, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 300, failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
     fn extents_behave_like_a_map_of_pages(steps in prop::collection::vec(step(), 1..50)) {

@@ -200,8 +200,8 @@ pub enum Request {
     ListXattr { ino: Ino },
     /// Extents of a range, read under the asker's DATA lock.
     Layout { ino: Ino, range: Range },
-    /// The same, allocating what is missing, under the asker's DATA X.
-    Allocate { ino: Ino, range: Range },
+    /// The same, allocating what is missing, under the asker's DATA X. `zero`: write zeros to what is new and commit it (fallocate).
+    Allocate { ino: Ino, range: Range, zero: bool },
     /// Pages were written to their extents.
     Commit { ino: Ino, ranges: Vec<Range> },
     /// Give pages back, under the asker's DATA X.
@@ -222,6 +222,7 @@ pub enum Request {
     WaitsFor { owner: LockOwner },
     Statfs,
     Describe { resource: Resource },
+    DescribeFileLocks { ino: Ino },
 }
 
 /// What a home does for a client under its own locks.
@@ -268,11 +269,16 @@ pub enum Reply {
     Bytes(Vec<u8>),
     Names(Vec<Vec<u8>>),
     /// `key` names the arena; all pages of the asked range without extent are holes.
-    Extents { key: u32, extents: Vec<Extent> },
+    /// `allocated`: pages that were new.
+    Extents { key: u32, extents: Vec<Extent>, allocated: u64 },
+    /// Written back; of ATTR also what the holder changed.
+    Flushed { report: Option<AttributeReport> },
     Freed(u64),
     /// The attributes of all inodes a decision changed.
     Decided(Vec<Attributes>),
     FileLock(Option<FileLock>),
+    /// Each with its space and whether it is waited for.
+    FileLocks(Vec<(FileLock, LockSpace, bool)>),
     Owners(Vec<LockOwner>),
     Space(Space),
     Holders { holders: Vec<Holder>, waiters: Vec<Holder> },

@@ -1,0 +1,733 @@
+//! Bytes under DATA locks: read, write, truncate, allocate, punch.
+//!
+//! A call pins ATTR before DATA, all DATA of one call in ascending server slots, and drops everything
+//! together. Copies between the caller's bytes and the cache happen in one step, with all pages present, so
+//! a call of up to 1 MiB is atomic on its own node too.
+//!
+//! *The size floor.* Most reads end below the end of file and need no ATTR lock. A size learnt under ATTR
+//! while DATA is held stays a lower bound for the pages held, since truncation takes DATA X on everything it
+//! cuts. So each file has one floor: it is raised only while ATTR (or a write) is pinned, and is lowered to
+//! the start of every range whose lock is newly acquired or lost. A read that ends above it starts
+//! again with ATTR S.
+//!
+//! Bytes of a page beyond the end of file are always zero.
+
+use super::*;
+use crate::cache::Presence;
+use crate::ranges::RangeSet;
+use verbfs_lock::PinKind;
+
+/// Longest single read or write, bytes: what is atomic.
+pub const PIECE_MAX: u64 = 1 << 20;
+/// Largest file, bytes: what off_t holds, less a page.
+pub const FILE_MAX: u64 = i64::MAX as u64 - PAGE_SIZE;
+/// All pages a file may have.
+pub(crate) const ALL_PAGES: Range = Range::new(0, u64::MAX);
+
+#[derive(Default)]
+pub(crate) struct FileState {
+    pub layout: Option<Rc<Layout>>,
+    /// The home said that there is no such inode.
+    pub gone: bool,
+    /// Handles open for writing on this node.
+    pub writers: usize,
+    pub size_floor: u64,
+    /// Extents by first page, valid under the DATA lock on them.
+    pub extents: std::collections::BTreeMap<u64, Extent>,
+    /// Pages whose layout is known: those without an extent are holes.
+    pub known: RangeSet,
+    /// Hull of what the kernel may cache.
+    pub kernel: Option<Range>,
+    /// Ranges being vacated: background write-back leaves them alone.
+    pub vacating: Vec<Range>,
+    /// Data was lost; the next fsync says so.
+    pub error: Option<Errno>,
+}
+
+impl FileState {
+    pub fn extent_of(&self, page: u64) -> Option<Extent> {
+        let (_, extent) = self.extents.range(..=page).next_back()?;
+        if page >= extent.page + extent.pages {
+            return None;
+        }
+        let skip = page - extent.page;
+        Some(Extent { page, arena_page: extent.arena_page + skip, pages: extent.pages - skip, committed: extent.committed })
+    }
+
+    /// Learns that of `range` exactly `extents` exist.
+    pub fn learn(&mut self, range: Range, extents: &[Extent]) {
+        self.forget_layout(range);
+        for extent in extents {
+            let part = Range::new(extent.page, extent.page + extent.pages).intersect(range);
+            if !part.is_empty() {
+                self.extents.insert(part.lo, Extent { page: part.lo, arena_page: extent.arena_page + (part.lo - extent.page), pages: part.len(), committed: extent.committed });
+            }
+        }
+        self.known.insert(range);
+    }
+
+    pub fn forget_layout(&mut self, range: Range) {
+        self.known.remove(range);
+        let mut touching: Vec<u64> = self.extents.range(range.lo..range.hi).map(|(page, _)| *page).collect();
+        if let Some((page, extent)) = self.extents.range(..range.lo).next_back() {
+            if page + extent.pages > range.lo {
+                touching.push(*page);
+            }
+        }
+        for page in touching {
+            let extent = self.extents.remove(&page).expect("it was just listed");
+            for rest in Range::new(extent.page, extent.page + extent.pages).without(range) {
+                self.extents.insert(rest.lo, Extent { page: rest.lo, arena_page: extent.arena_page + (rest.lo - extent.page), pages: rest.len(), committed: extent.committed });
+            }
+        }
+    }
+
+    pub fn commit(&mut self, range: Range) {
+        let parts: Vec<Extent> = (range.lo..range.hi).scan(range.lo, |next, _| {
+            let extent = (*next < range.hi).then(|| self.extent_of(*next)).flatten()?;
+            let pages = extent.pages.min(range.hi - *next);
+            *next += pages;
+            Some(Extent { pages, committed: true, ..extent })
+        }).collect();
+        for part in parts {
+            let known = Range::new(part.page, part.page + part.pages);
+            self.learn(known, &[part]);
+        }
+    }
+}
+
+/// Pages that bytes `[offset, offset + length)` touch.
+pub(crate) fn pages_of(offset: u64, length: u64) -> Range {
+    Range::new(offset / PAGE_SIZE, (offset + length).div_ceil(PAGE_SIZE))
+}
+
+/// A range split where the storing slot changes.
+pub(crate) fn pieces(layout: &Layout, range: Range) -> Vec<(Slot, Range)> {
+    if layout.slots.len() == 1 {
+        return vec![(layout.slots[0], range)];
+    }
+    let chunk = layout.chunk_pages as u64;
+    let mut pieces = Vec::new();
+    let mut lo = range.lo;
+    while lo < range.hi {
+        let hi = (lo / chunk + 1).saturating_mul(chunk).min(range.hi);
+        pieces.push((layout.slot_of_page(lo), Range::new(lo, hi)));
+        lo = hi;
+    }
+    pieces
+}
+
+/// For each slot that stores part of a range, the hull of its part, ascending by slot: the order of pins.
+pub(crate) fn hulls(layout: &Layout, range: Range) -> Vec<(Slot, Range)> {
+    let chunk = layout.chunk_pages as u64;
+    let mut hulls: std::collections::BTreeMap<Slot, Range> = Default::default();
+    if range.len() / chunk > 2 * layout.slots.len() as u64 {
+        for slot in &layout.slots {
+            hulls.insert(*slot, range);
+        }
+    } else {
+        for (slot, piece) in pieces(layout, range) {
+            hulls.entry(slot).and_modify(|hull| *hull = hull.hull(piece)).or_insert(piece);
+        }
+    }
+    hulls.into_iter().collect()
+}
+
+/// What stands between a copy and its doing.
+enum Copied {
+    Done,
+    /// These pages must be fetched first.
+    Fetch(Vec<u64>),
+    /// Somebody else fetches a page.
+    Wait,
+    /// No free slot.
+    NoRoom,
+}
+
+impl Volume {
+    /// Pins the data of a page range on all servers that store it.
+    pub(crate) async fn pin_data(self: &Rc<Self>, ino: Ino, layout: &Layout, range: Range, kind: PinKind, through_fence: bool) -> Result<Vec<Pin>> {
+        let mut pins = Vec::new();
+        for (slot, hull) in hulls(layout, range) {
+            let options = locks::PinOptions { through_fence, ..Default::default() };
+            pins.push(self.pin_with(Resource::data(ino, slot), hull, ALL_PAGES, kind, options).await?.0);
+        }
+        Ok(pins)
+    }
+
+    pub(crate) fn cap_size_floor(&self, ino: Ino, page: u64) {
+        if self.mutated("size_floor_never_capped") {
+            return;
+        }
+        if let Some(file) = self.files.borrow_mut().get_mut(&ino) {
+            file.size_floor = file.size_floor.min(page.saturating_mul(PAGE_SIZE));
+        }
+    }
+
+    fn with_file<T>(&self, ino: Ino, f: impl FnOnce(&mut FileState) -> T) -> T {
+        f(self.files.borrow_mut().entry(ino).or_default())
+    }
+
+    /// Drops what is known of a file of which nothing is cached, open or locked.
+    pub(crate) fn prune_file(&self, ino: Ino) {
+        let mut files = self.files.borrow_mut();
+        let Some(file) = files.get(&ino) else { return };
+        if file.writers == 0
+            && file.error.is_none()
+            && file.vacating.is_empty()
+            && file.kernel.is_none()
+            && file.extents.is_empty()
+            && self.cache.borrow().pages_in(ino, Range::ALL).is_empty()
+            && !self.open_files.borrow().values().any(|open| open.ino == ino)
+        {
+            files.remove(&ino);
+        }
+    }
+
+    /// Learns the layout of all pages of a range, under a DATA pin on it.
+    async fn ensure_layout(self: &Rc<Self>, ino: Ino, layout: &Layout, range: Range) -> Result<()> {
+        let missing = self.with_file(ino, |file| file.known.missing(range));
+        for (slot, piece) in missing.into_iter().flat_map(|range| pieces(layout, range)) {
+            // The whole chunk, where the lock reaches that far: one request for what will be asked next.
+            let chunk_pages = layout.chunk_pages as u64;
+            let chunk = Range::new(piece.lo / chunk_pages * chunk_pages, (piece.lo / chunk_pages + 1).saturating_mul(chunk_pages));
+            let asked = match self.lock_client.borrow().held(Resource::data(ino, slot), chunk) {
+                Some(_) if chunk.contains(piece) => chunk,
+                _ => piece,
+            };
+            let (extents, _) = self.request_extents(slot, Request::Layout { ino, range: asked }).await?;
+            self.with_file(ino, |file| {
+                // What is known meanwhile is newer: this node may have allocated there.
+                for part in file.known.missing(asked) {
+                    file.learn(part, &extents);
+                }
+            });
+        }
+        Ok(())
+    }
+
+    /// Has every page of a range allocated, under a DATA X pin. Returns the pages that were new.
+    ///
+    /// # Errors
+    /// ENOSPC: nothing may be dirtied.
+    pub(crate) async fn ensure_allocated(self: &Rc<Self>, ino: Ino, layout: &Layout, range: Range, zero: bool) -> Result<u64> {
+        let mut allocated = 0;
+        for (slot, piece) in pieces(layout, range) {
+            let wanting = self.with_file(ino, |file| {
+                let mut lo = piece.lo;
+                while let Some(extent) = (lo < piece.hi).then(|| file.extent_of(lo)).flatten() {
+                    lo += extent.pages;
+                }
+                lo < piece.hi
+            });
+            if wanting {
+                let (extents, new) = self.request_extents(slot, Request::Allocate { ino, range: piece, zero }).await?;
+                allocated += new;
+                self.with_file(ino, |file| file.learn(piece, &extents));
+            }
+        }
+        Ok(allocated)
+    }
+
+    async fn request_extents(self: &Rc<Self>, slot: Slot, request: Request) -> Result<(Vec<Extent>, u64)> {
+        match self.call(slot, request).await? {
+            Reply::Extents { key, extents, allocated } => {
+                self.arena_keys.borrow_mut().insert(slot, key);
+                Ok((extents, allocated))
+            }
+            _ => Err(Errno::EPROTO),
+        }
+    }
+
+    /// Reads at most [`PIECE_MAX`] bytes; short at the end of file. `page_cache`: the kernel fills a page of its
+    /// cache, whose lock it holds: the range is entered through a fence, no ATTR lock is waited for, and
+    /// what lies beyond the end of file is zeros (the kernel knows the size).
+    pub async fn read(self: &Rc<Self>, handle: u64, offset: u64, size: u32, page_cache: bool) -> Result<Vec<u8>> {
+        let open = self.open_file(handle)?;
+        self.read_file(open.ino, offset, size as u64, page_cache).await
+    }
+
+    pub(crate) async fn read_file(self: &Rc<Self>, ino: Ino, offset: u64, size: u64, page_cache: bool) -> Result<Vec<u8>> {
+        let size = size.min(PIECE_MAX).min(FILE_MAX.saturating_sub(offset));
+        if size == 0 {
+            return Ok(Vec::new());
+        }
+        let layout = self.layout(ino).await?;
+        let range = pages_of(offset, size);
+        // A page the kernel caches of a file open for writing may be stored to without asking: X.
+        let kind = if page_cache && self.with_file(ino, |file| file.writers > 0) { PinKind::Write } else { PinKind::Shared };
+        let mut pins = self.pin_data(ino, &layout, range, kind, page_cache).await?;
+        let mut length = size;
+        if page_cache {
+            self.with_file(ino, |file| file.kernel = Some(file.kernel.map_or(range, |hull| hull.hull(range))));
+        } else if offset + size > self.with_file(ino, |file| file.size_floor) {
+            drop(pins);
+            let attribute_pin = self.pin(Resource::attr(ino), Range::UNIT, Range::UNIT, PinKind::Shared).await?;
+            let end = self.pinned_attributes(ino)?.size;
+            if end <= offset {
+                return Ok(Vec::new());
+            }
+            length = size.min(end - offset);
+            let range = pages_of(offset, length);
+            pins = self.pin_data(ino, &layout, range, kind, false).await?;
+            // ATTR was pinned throughout, locally shared with writers of this node: read the size again.
+            let end = self.pinned_attributes(ino)?.size;
+            length = size.min(end.saturating_sub(offset)).min(range.hi * PAGE_SIZE - offset);
+            self.with_file(ino, |file| file.size_floor = file.size_floor.max(end));
+            // The bytes are copied below while ATTR stays pinned.
+            pins.push(attribute_pin);
+        }
+        let range = pages_of(offset, length);
+        let mut output = vec![0; length as usize];
+        loop {
+            self.ensure_layout(ino, &layout, range).await?;
+            match self.try_copy_out(ino, offset, &mut output) {
+                Copied::Done => break,
+                Copied::Fetch(pages) => self.fetch_pages(ino, &layout, &pages).await?,
+                Copied::Wait => self.cache_changed.wait().await,
+                Copied::NoRoom => self.make_room().await,
+            }
+        }
+        for pin in &pins {
+            pin.check()?;
+        }
+        Ok(output)
+    }
+
+    fn try_copy_out(&self, ino: Ino, offset: u64, output: &mut [u8]) -> Copied {
+        let files = self.files.borrow();
+        let file = files.get(&ino);
+        let mut cache = self.cache.borrow_mut();
+        let range = pages_of(offset, output.len() as u64);
+        let mut wanted = Vec::new();
+        let mut waiting = false;
+        for page in range.lo..range.hi {
+            match cache.presence(ino, page) {
+                Presence::Ready(_) => {}
+                Presence::Fetching => waiting = true,
+                Presence::Absent => {
+                    if file.and_then(|file| file.extent_of(page)).is_some_and(|extent| extent.committed) {
+                        wanted.push(page);
+                    }
+                }
+            }
+        }
+        if !wanted.is_empty() {
+            return Copied::Fetch(wanted);
+        }
+        if waiting {
+            return Copied::Wait;
+        }
+        let end = offset + output.len() as u64;
+        for page in range.lo..range.hi {
+            let start = (page * PAGE_SIZE).max(offset);
+            let stop = ((page + 1) * PAGE_SIZE).min(end);
+            let target = &mut output[(start - offset) as usize..(stop - offset) as usize];
+            match cache.presence(ino, page) {
+                Presence::Ready(slot) => {
+                    let within = (start - page * PAGE_SIZE) as usize;
+                    target.copy_from_slice(&cache.bytes(slot)[within..within + target.len()]);
+                }
+                _ => target.fill(0),
+            }
+        }
+        Copied::Done
+    }
+
+    /// Writes at most [`PIECE_MAX`] bytes. `append`: at the end of file, wherever `offset` points. `page_cache`: the
+    /// kernel writes a page of its cache back (its lock held): no ATTR lock is waited for, the size stays.
+    pub async fn write(self: &Rc<Self>, caller: Caller, handle: u64, offset: u64, data: Vec<u8>, append: bool, page_cache: bool) -> Result<usize> {
+        let open = self.open_file(handle)?;
+        self.write_file(caller, open.ino, offset, &data, append, page_cache).await
+    }
+
+    pub(crate) async fn write_file(self: &Rc<Self>, caller: Caller, ino: Ino, offset: u64, data: &[u8], append: bool, page_cache: bool) -> Result<usize> {
+        let data = &data[..data.len().min(PIECE_MAX as usize)];
+        if data.is_empty() {
+            return Ok(0);
+        }
+        self.throttle().await;
+        let layout = self.layout(ino).await?;
+        let mut offset = offset;
+        let attribute_pin = loop {
+            if page_cache {
+                break self.pin_held(Resource::attr(ino), Range::UNIT, PinKind::Extend);
+            }
+            let kind = if append && !self.mutated("append_without_exclusive") { PinKind::Exclusive } else { PinKind::Extend };
+            let pin = self.pin(Resource::attr(ino), Range::UNIT, Range::UNIT, kind).await?;
+            let attributes = self.pinned_attributes(ino)?;
+            if attributes.mode & 0o6000 != 0 && caller.uid != 0 && !self.mutated("no_clear_set_id") && clears_set_id(attributes.mode) {
+                drop(pin);
+                self.change(caller, ino, Change { clear_set_id: true, ..Default::default() }).await?;
+                continue;
+            }
+            if append {
+                offset = attributes.size;
+            }
+            break Some(pin);
+        };
+        if offset > FILE_MAX || data.len() as u64 > FILE_MAX - offset {
+            return Err(Errno::EFBIG);
+        }
+        let end = offset + data.len() as u64;
+        let range = pages_of(offset, data.len() as u64);
+        let pins = self.pin_data(ino, &layout, range, PinKind::Write, page_cache).await?;
+        let allocated = self.ensure_allocated(ino, &layout, range, false).await?;
+        if allocated > 0 {
+            self.note_write(ino, 0, allocated as i64);
+        }
+        loop {
+            match self.try_copy_in(ino, offset, data) {
+                Copied::Done => break,
+                Copied::Fetch(pages) => self.fetch_pages(ino, &layout, &pages).await?,
+                Copied::Wait => self.cache_changed.wait().await,
+                Copied::NoRoom => self.make_room().await,
+            }
+        }
+        for pin in pins.iter().chain(&attribute_pin) {
+            pin.check()?;
+        }
+        if attribute_pin.is_some() {
+            self.note_write(ino, if page_cache { 0 } else { end }, 0);
+        } else {
+            // A store through a mapping is seen in the bytes at once; its time follows when ATTR can be had.
+            let volume = self.clone();
+            self.spawn(async move {
+                if let Ok(_pin) = volume.pin(Resource::attr(ino), Range::UNIT, Range::UNIT, PinKind::Extend).await {
+                    volume.note_write(ino, 0, 0);
+                }
+            });
+        }
+        if !page_cache {
+            self.with_file(ino, |file| file.size_floor = file.size_floor.max(end));
+        }
+        self.start_write_back_if_needed();
+        Ok(data.len())
+    }
+
+    fn try_copy_in(&self, ino: Ino, offset: u64, data: &[u8]) -> Copied {
+        let files = self.files.borrow();
+        let file = files.get(&ino);
+        let mut cache = self.cache.borrow_mut();
+        let end = offset + data.len() as u64;
+        let range = pages_of(offset, data.len() as u64);
+        let mut wanted = Vec::new();
+        let mut waiting = false;
+        for page in range.lo..range.hi {
+            let covered = page * PAGE_SIZE >= offset && (page + 1) * PAGE_SIZE <= end;
+            match cache.presence(ino, page) {
+                Presence::Ready(_) => {}
+                Presence::Fetching => waiting = true,
+                Presence::Absent if covered => {}
+                Presence::Absent => {
+                    if file.and_then(|file| file.extent_of(page)).is_some_and(|extent| extent.committed) {
+                        wanted.push(page);
+                    }
+                }
+            }
+        }
+        if !wanted.is_empty() {
+            return Copied::Fetch(wanted);
+        }
+        if waiting {
+            return Copied::Wait;
+        }
+        // All slots first, so that a full cache leaves nothing half written.
+        let mut taken = Vec::new();
+        for page in range.lo..range.hi {
+            if cache.presence(ino, page) == Presence::Absent {
+                match cache.reserve(ino, page) {
+                    Some(slot) => {
+                        taken.push(page);
+                        let covered = page * PAGE_SIZE >= offset && (page + 1) * PAGE_SIZE <= end;
+                        if !covered {
+                            cache.bytes(slot).fill(0);
+                        }
+                    }
+                    None => {
+                        for page in taken {
+                            cache.abandon(ino, page);
+                        }
+                        return Copied::NoRoom;
+                    }
+                }
+            } else if let Presence::Ready(slot) = cache.presence(ino, page) {
+                // Keeps it from being evicted for the slots still to be taken.
+                cache.mark_dirty(slot);
+            }
+        }
+        for page in taken {
+            cache.fetched(ino, page);
+        }
+        for page in range.lo..range.hi {
+            let start = (page * PAGE_SIZE).max(offset);
+            let stop = ((page + 1) * PAGE_SIZE).min(end);
+            let source = &data[(start - offset) as usize..(stop - offset) as usize];
+            let Presence::Ready(slot) = cache.presence(ino, page) else { unreachable!("every page has a slot") };
+            let within = (start - page * PAGE_SIZE) as usize;
+            cache.bytes(slot)[within..within + source.len()].copy_from_slice(source);
+            cache.mark_dirty(slot);
+        }
+        Copied::Done
+    }
+
+    /// Sets the size; what is cut off is gone everywhere, what is added reads as zeros.
+    pub async fn truncate(self: &Rc<Self>, caller: Caller, ino: Ino, size: u64) -> Result<Attributes> {
+        if size > FILE_MAX {
+            return Err(Errno::EFBIG);
+        }
+        let layout = self.layout(ino).await?;
+        loop {
+            let attribute_pin = self.pin(Resource::attr(ino), Range::UNIT, Range::UNIT, PinKind::Exclusive).await?;
+            let attributes = self.pinned_attributes(ino)?;
+            match attributes.kind {
+                FileKind::Regular => {}
+                FileKind::Directory => return Err(Errno::EISDIR),
+                _ => return Err(Errno::EINVAL),
+            }
+            if attributes.mode & 0o6000 != 0 && caller.uid != 0 && clears_set_id(attributes.mode) {
+                drop(attribute_pin);
+                self.change(caller, ino, Change { clear_set_id: true, ..Default::default() }).await?;
+                continue;
+            }
+            let mut pages = 0;
+            if size < attributes.size {
+                let range = Range::new(size / PAGE_SIZE, u64::MAX);
+                let pins = self.pin_data(ino, &layout, range, PinKind::Exclusive, false).await?;
+                if size % PAGE_SIZE != 0 {
+                    pages += self.zero_within(ino, &layout, size, PAGE_SIZE - size % PAGE_SIZE).await? as i64;
+                }
+                pages -= self.free_pages(ino, &layout, Range::new(size.div_ceil(PAGE_SIZE), u64::MAX)).await? as i64;
+                for pin in &pins {
+                    pin.check()?;
+                }
+                self.with_file(ino, |file| file.size_floor = file.size_floor.min(size));
+                self.note_size(ino, size, pages);
+            } else {
+                self.note_size(ino, size, 0);
+            }
+            attribute_pin.check()?;
+            return self.pinned_attributes(ino);
+        }
+    }
+
+    /// Writes zeros to part of one page, under DATA X, if it has any bytes. Returns pages newly allocated.
+    async fn zero_within(self: &Rc<Self>, ino: Ino, layout: &Layout, offset: u64, length: u64) -> Result<u64> {
+        if length == 0 {
+            return Ok(0);
+        }
+        let range = pages_of(offset, length);
+        self.ensure_layout(ino, layout, range).await?;
+        let hole = self.with_file(ino, |file| file.extent_of(range.lo).is_none());
+        let cached = self.cache.borrow().presence(ino, range.lo) != Presence::Absent;
+        if hole && !cached {
+            return Ok(0);
+        }
+        let allocated = self.ensure_allocated(ino, layout, range, false).await?;
+        let zeros = vec![0; length as usize];
+        loop {
+            match self.try_copy_in(ino, offset, &zeros) {
+                Copied::Done => return Ok(allocated),
+                Copied::Fetch(pages) => self.fetch_pages(ino, layout, &pages).await?,
+                Copied::Wait => self.cache_changed.wait().await,
+                Copied::NoRoom => self.make_room().await,
+            }
+        }
+    }
+
+    /// Gives back whole pages, under DATA X: they are holes afterwards.
+    pub(crate) async fn free_pages(self: &Rc<Self>, ino: Ino, layout: &Layout, range: Range) -> Result<u64> {
+        if range.is_empty() {
+            return Ok(0);
+        }
+        // No write-back of these pages may be in flight when their extents are freed.
+        self.wait_for_write_back(ino, range).await;
+        {
+            let mut cache = self.cache.borrow_mut();
+            for page in cache.pages_in(ino, range) {
+                cache.forget(ino, page);
+            }
+        }
+        self.cache_changed.notify();
+        let mut freed = 0;
+        for (slot, hull) in hulls(layout, range) {
+            match self.call(slot, Request::Free { ino, range: hull }).await? {
+                Reply::Freed(pages) => freed += pages,
+                _ => return Err(Errno::EPROTO),
+            }
+        }
+        self.with_file(ino, |file| file.forget_layout(range));
+        Ok(freed)
+    }
+
+    /// fallocate(2): allocate, punch a hole, zero a range, with or without keeping the size.
+    ///
+    /// # Errors
+    /// EOPNOTSUPP for other modes; ENOSPC; EFBIG.
+    pub async fn fallocate(self: &Rc<Self>, caller: Caller, handle: u64, mode: i32, offset: u64, length: u64) -> Result<()> {
+        let ino = self.open_file(handle)?.ino;
+        let keep_size = mode & libc::FALLOC_FL_KEEP_SIZE != 0;
+        let punch = mode & libc::FALLOC_FL_PUNCH_HOLE != 0;
+        let zero = mode & libc::FALLOC_FL_ZERO_RANGE != 0;
+        if mode & !(libc::FALLOC_FL_KEEP_SIZE | libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_ZERO_RANGE) != 0 || (punch && (zero || !keep_size)) {
+            return Err(Errno::EOPNOTSUPP);
+        }
+        if length == 0 {
+            return Err(Errno::EINVAL);
+        }
+        let end = offset.checked_add(length).filter(|end| *end <= FILE_MAX).ok_or(Errno::EFBIG)?;
+        let layout = self.layout(ino).await?;
+        let attribute_pin = loop {
+            let pin = self.pin(Resource::attr(ino), Range::UNIT, Range::UNIT, PinKind::Exclusive).await?;
+            let attributes = self.pinned_attributes(ino)?;
+            if attributes.kind != FileKind::Regular {
+                return Err(Errno::ENXIO);
+            }
+            if attributes.mode & 0o6000 != 0 && caller.uid != 0 && clears_set_id(attributes.mode) {
+                drop(pin);
+                self.change(caller, ino, Change { clear_set_id: true, ..Default::default() }).await?;
+                continue;
+            }
+            break pin;
+        };
+        let size = self.pinned_attributes(ino)?.size;
+        let range = pages_of(offset, length);
+        let pins = self.pin_data(ino, &layout, range, PinKind::Exclusive, false).await?;
+        let mut pages = 0;
+        if punch || zero {
+            let whole = Range::new(offset.div_ceil(PAGE_SIZE), end / PAGE_SIZE);
+            if whole.lo > whole.hi {
+                // Within one page.
+                pages += self.zero_within(ino, &layout, offset, length).await? as i64;
+            } else {
+                pages += self.zero_within(ino, &layout, offset, whole.lo * PAGE_SIZE - offset).await? as i64;
+                pages += self.zero_within(ino, &layout, whole.hi * PAGE_SIZE, end - whole.hi * PAGE_SIZE).await? as i64;
+                pages -= self.free_pages(ino, &layout, whole).await? as i64;
+            }
+        }
+        if !punch {
+            // In steps, so that a long range neither makes one huge message nor holds the home's core for long.
+            let mut lo = range.lo;
+            while lo < range.hi {
+                let step = Range::new(lo, (lo + PIECE_MAX / PAGE_SIZE).min(range.hi));
+                match self.ensure_allocated(ino, &layout, step, true).await {
+                    Ok(allocated) => pages += allocated as i64,
+                    Err(error) => {
+                        self.note_write(ino, 0, pages);
+                        return Err(error);
+                    }
+                }
+                lo = step.hi;
+            }
+        }
+        for pin in pins.iter().chain([&attribute_pin]) {
+            pin.check()?;
+        }
+        if !keep_size && end > size {
+            self.note_size(ino, end, pages);
+        } else {
+            self.note_write(ino, 0, pages);
+        }
+        Ok(())
+    }
+
+    /// SEEK_HOLE and SEEK_DATA: the next hole or data at or behind `offset`.
+    ///
+    /// # Errors
+    /// ENXIO at or behind the end of file, and where no data follows.
+    pub async fn seek(self: &Rc<Self>, ino: Ino, offset: u64, hole: bool) -> Result<u64> {
+        let layout = self.layout(ino).await?;
+        let _attribute_pin = self.pin(Resource::attr(ino), Range::UNIT, Range::UNIT, PinKind::Shared).await?;
+        let size = self.pinned_attributes(ino)?.size;
+        if offset >= size {
+            return Err(Errno::ENXIO);
+        }
+        let range = Range::new(offset / PAGE_SIZE, size.div_ceil(PAGE_SIZE));
+        let _pins = self.pin_data(ino, &layout, range, PinKind::Shared, false).await?;
+        let mut extents = Vec::new();
+        for (slot, hull) in hulls(&layout, range) {
+            let (found, _) = self.request_extents(slot, Request::Layout { ino, range: hull }).await?;
+            extents.extend(found.into_iter().filter(|extent| extent.committed || self.any_cached(ino, extent)));
+        }
+        extents.sort_unstable_by_key(|extent| extent.page);
+        let mut position = range.lo;
+        for extent in extents {
+            if extent.page > position {
+                if hole {
+                    break;
+                }
+                position = extent.page;
+            }
+            if !hole && position < extent.page + extent.pages {
+                return Ok((position * PAGE_SIZE).max(offset));
+            }
+            position = position.max(extent.page + extent.pages);
+        }
+        if hole { Ok((position * PAGE_SIZE).clamp(offset, size)) } else { Err(Errno::ENXIO) }
+    }
+
+    fn any_cached(&self, ino: Ino, extent: &Extent) -> bool {
+        !self.cache.borrow().pages_in(ino, Range::new(extent.page, extent.page + extent.pages)).is_empty()
+    }
+
+    /// copy_file_range(2), piece by piece; returns what was copied.
+    pub async fn copy_range(self: &Rc<Self>, caller: Caller, from: u64, from_offset: u64, to: u64, to_offset: u64, length: u64) -> Result<usize> {
+        let source = self.open_file(from)?.ino;
+        let target = self.open_file(to)?.ino;
+        // One reply says how much: a bounded part of a long copy keeps the call killable.
+        const STEP_MAX: u64 = 16 << 20;
+        let length = length.min(STEP_MAX);
+        if source == target && from_offset < to_offset + length && to_offset < from_offset + length {
+            return Err(Errno::EINVAL);
+        }
+        let mut copied = 0;
+        while copied < length {
+            let piece = PIECE_MAX.min(length - copied);
+            let data = self.read_file(source, from_offset + copied, piece, false).await?;
+            if data.is_empty() {
+                break;
+            }
+            match self.write_file(caller, target, to_offset + copied, &data, false, false).await {
+                Ok(written) => copied += written as u64,
+                Err(error) if copied == 0 => return Err(error),
+                Err(_) => break,
+            }
+        }
+        Ok(copied as usize)
+    }
+
+    /// Makes every write to the file that has returned on any node, and its name, survive the death of any daemon.
+    ///
+    /// # Errors
+    /// EIO when acknowledged data was lost, once per loss; ENOSPC never (space is taken before a page is dirtied).
+    pub async fn fsync(self: &Rc<Self>, ino: Ino, _data_only: bool) -> Result<()> {
+        let mut slots: Vec<Slot> = match self.layout(ino).await {
+            Ok(layout) => layout.slots.clone(),
+            // Directories and the like have no data.
+            Err(Errno::EINVAL) => Vec::new(),
+            Err(error) => return Err(error),
+        };
+        if self.mutated("sync_own_pages_only") {
+            slots.retain(|slot| *slot == self.slot());
+        }
+        slots.push(ino.home());
+        slots.sort_unstable();
+        slots.dedup();
+        let calls = slots.into_iter().map(|slot| -> std::pin::Pin<Box<dyn Future<Output = Result<Reply>>>> {
+            let volume = self.clone();
+            Box::pin(async move { volume.call(slot, Request::Sync { ino }).await })
+        });
+        for outcome in crate::executor::join_all(calls.collect()).await {
+            outcome?;
+        }
+        match self.with_file(ino, |file| file.error.take()) {
+            Some(error) => Err(error),
+            None => Ok(()),
+        }
+    }
+}
+
+/// Whether a write by an ordinary user changes this mode: set-group-id without group execute means something else.
+pub(crate) fn clears_set_id(mode: u32) -> bool {
+    mode & 0o4000 != 0 || mode & 0o2010 == 0o2010
+}

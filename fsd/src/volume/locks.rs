@@ -1,0 +1,443 @@
+//! Between the lock machines and the rest: pins as guards, messages in and out, and the work that
+//! a revoke or a hand-over asks of this node.
+//!
+//! The order of effects is the order of the machines. What travels with lock messages is attached here:
+//! attributes with GRANT and OBSERVED of ATTR, the holder's changes with RELEASE and GLIMPSED.
+//! A home takes those changes into its store before its lock server sees the message, so that
+//! whatever the server grants next is granted with them.
+
+use super::*;
+use verbfs_lock::{PinKind, PinRequest, PinToken, RevokePolicy, Vacated, is_for_server};
+use verbfs_protocol::lock::Successor;
+
+/// A range held for an operation; dropping it ends the pin.
+pub struct Pin {
+    volume: Rc<Volume>,
+    token: PinToken,
+    done: Cell<bool>,
+}
+
+impl Drop for Pin {
+    fn drop(&mut self) {
+        if !self.done.get() {
+            self.volume.unpin(self.token);
+        }
+    }
+}
+
+impl Pin {
+    pub(crate) fn number(&self) -> u64 {
+        self.token.0
+    }
+
+    /// The lock under this pin was lost with its server: what was done under it is void.
+    pub fn check(&self) -> Result<()> {
+        if self.volume.lock_client.borrow().is_broken(self.token) { Err(Errno::EIO) } else { Ok(()) }
+    }
+}
+
+pub(crate) struct WaitingPin {
+    pub sender: Sender<std::result::Result<Outcome, i32>>,
+    pub server: Slot,
+    pub since: Instant,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Outcome {
+    Pinned,
+    Observed,
+}
+
+/// Hand-overs towards this node of which one half is here.
+#[derive(Default)]
+pub(crate) struct HandOvers {
+    /// Grant seen, message not.
+    awaited: HashMap<GrantId, (Resource, Range, Successor)>,
+    /// Message seen, grant not.
+    arrived: HashMap<GrantId, (Slot, HandOver)>,
+    /// Resources of hand-overs whose pages are not all here yet.
+    pub fetching: HashMap<GrantId, (Resource, Range)>,
+}
+
+/// How a pin is wanted; see [`PinRequest`].
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct PinOptions {
+    pub through_fence: bool,
+    pub one_shot: bool,
+}
+
+impl Volume {
+    /// Waits for a lock and pins it.
+    ///
+    /// # Errors
+    /// EIO when the server is unreachable for longer than the peer time-out, or what the server denies with.
+    pub async fn pin(self: &Rc<Self>, resource: Resource, range: Range, want: Range, kind: PinKind) -> Result<Pin> {
+        self.pin_with(resource, range, want, kind, PinOptions::default()).await.map(|(pin, _)| pin)
+    }
+
+    pub(crate) async fn pin_with(self: &Rc<Self>, resource: Resource, range: Range, want: Range, kind: PinKind, options: PinOptions) -> Result<(Pin, Outcome)> {
+        debug_assert!(!range.is_empty() && want.contains(range), "{resource} {range} {want}");
+        let (pin, receiver) = match self.begin_pin(resource, range, want, kind, options) {
+            (pin, None) => return Ok((pin, Outcome::Pinned)),
+            (pin, Some(receiver)) => (pin, receiver),
+        };
+        let began = Instant::now();
+        let outcome = receiver.await;
+        self.metrics.lock_wait[metric_class(resource.class)].record(began.elapsed());
+        match outcome {
+            Some(Ok(Outcome::Pinned)) => Ok((pin, Outcome::Pinned)),
+            Some(Ok(Outcome::Observed)) => {
+                pin.done.set(true);
+                Ok((pin, Outcome::Observed))
+            }
+            Some(Err(errno)) => {
+                pin.done.set(true);
+                Err(Errno(errno))
+            }
+            // The server's peer time-out: dropping the pin cancels the request.
+            None => Err(Errno::EIO),
+        }
+    }
+
+    /// Pins only what is held, without asking anybody.
+    pub(crate) fn pin_held(self: &Rc<Self>, resource: Resource, range: Range, kind: PinKind) -> Option<Pin> {
+        let mode = self.lock_client.borrow().held(resource, range)?;
+        let enough = match kind {
+            PinKind::Shared => mode.covers(Mode::S),
+            PinKind::Extend => mode.covers(Mode::E),
+            PinKind::Write | PinKind::Exclusive => mode == Mode::X,
+        };
+        if !enough {
+            return None;
+        }
+        match self.begin_pin(resource, range, range, kind, PinOptions::default()) {
+            (pin, None) => Some(pin),
+            (_cancelled, Some(_)) => None,
+        }
+    }
+
+    fn begin_pin(self: &Rc<Self>, resource: Resource, range: Range, want: Range, kind: PinKind, options: PinOptions) -> (Pin, Option<Receiver<std::result::Result<Outcome, i32>>>) {
+        let token = PinToken(self.number());
+        let request = PinRequest { want, through_fence: options.through_fence, one_shot: options.one_shot, ..PinRequest::new(token, resource, range, kind) };
+        let (sender, receiver) = oneshot();
+        self.waiting_pins.borrow_mut().insert(token.0, WaitingPin { sender, server: resource.server, since: Instant::now() });
+        let mut effects = Vec::new();
+        let pinned = self.lock_client.borrow_mut().pin(request, self.ticks(), &mut effects);
+        self.client_effects.borrow_mut().extend(effects);
+        let pin = Pin { volume: self.clone(), token, done: Cell::new(false) };
+        if pinned {
+            self.waiting_pins.borrow_mut().remove(&token.0);
+            return (pin, None);
+        }
+        (pin, Some(receiver))
+    }
+
+    fn unpin(&self, token: PinToken) {
+        let waiting = self.waiting_pins.borrow_mut().remove(&token.0);
+        drop(waiting);
+        let mut effects = Vec::new();
+        self.lock_client.borrow_mut().unpin(token, self.ticks(), &mut effects);
+        self.client_effects.borrow_mut().extend(effects);
+    }
+
+    /// Carries out one effect or message; `false` when there is none.
+    pub(crate) fn pump(self: &Rc<Self>) -> bool {
+        let effect = self.client_effects.borrow_mut().pop_front();
+        if let Some(effect) = effect {
+            self.client_effect(effect);
+            return true;
+        }
+        let effect = self.server_effects.borrow_mut().pop_front();
+        if let Some(ServerEffect::Send { to, message }) = effect {
+            self.send_lock(to, message);
+            return true;
+        }
+        let message = self.inbox.borrow_mut().pop_front();
+        if let Some(message) = message {
+            self.receive(self.options.me, message);
+            return true;
+        }
+        false
+    }
+
+    /// Sends a lock message with what belongs to it.
+    fn send_lock(self: &Rc<Self>, to: Slot, message: LockMessage) {
+        let mut envelope = Envelope { message, attributes: None, home_time: None, report: None };
+        match &envelope.message {
+            LockMessage::Release { resource, .. } | LockMessage::Glimpsed { resource, .. } if resource.class == Class::Attr => {
+                envelope.report = self.take_report(resource.ino);
+            }
+            LockMessage::Grant { resource, .. } if matches!(resource.class, Class::Attr | Class::Open) => {
+                envelope.attributes = self.stored_attributes(resource.ino).ok().flatten().map(Box::new);
+                envelope.home_time = Some(self.clock());
+            }
+            LockMessage::Observed { request } => {
+                let ino = self.hand_observed(request);
+                envelope.attributes = ino.and_then(|ino| self.stored_attributes(ino).ok().flatten()).map(Box::new);
+                envelope.home_time = Some(self.clock());
+            }
+            _ => {}
+        }
+        match &envelope.message {
+            LockMessage::Grant { request, resource, .. } => {
+                self.hand_observed(request);
+                self.metrics.lock_grants[metric_class(resource.class)].increment();
+            }
+            LockMessage::Lock { resource, .. } => self.metrics.lock_requests[metric_class(resource.class)].increment(),
+            LockMessage::Revoke { resource, .. } => self.metrics.lock_revokes_sent[metric_class(resource.class)].increment(),
+            LockMessage::Release { resource, .. } => self.metrics.lock_releases[metric_class(resource.class)].increment(),
+            LockMessage::Deny { .. } => self.metrics.lock_denials[metric_class(Class::Data)].increment(),
+            LockMessage::Glimpse { .. } => self.metrics.lock_glimpses.increment(),
+            _ => {}
+        }
+        self.send(to, Message::Lock(envelope));
+    }
+
+    /// A lock message from a node (also this one).
+    pub(crate) fn receive_lock(self: &Rc<Self>, from: Node, envelope: Envelope) {
+        let now = self.ticks();
+        if is_for_server(&envelope.message) {
+            if let LockMessage::Lock { request, resource, mode, flags, .. } = &envelope.message {
+                // A peer's word: the resource must be ours, and what it names must exist.
+                if resource.server != self.slot() || (*mode == Mode::E && resource.class != Class::Attr) {
+                    self.send_lock(from.slot, LockMessage::Deny { request: *request, errno: libc::EINVAL });
+                    return;
+                }
+                if flags.one_shot {
+                    self.note_request(*request, *resource);
+                }
+            }
+            if let LockMessage::Release { resource, .. } | LockMessage::Glimpsed { resource, .. } = &envelope.message {
+                if let Some(report) = envelope.report {
+                    self.apply_report(resource.ino, report);
+                }
+            }
+            let mut effects = Vec::new();
+            self.lock_server.borrow_mut().handle(from, envelope.message, now, &mut effects);
+            self.server_effects.borrow_mut().extend(effects);
+            return;
+        }
+        if let LockMessage::Grant { resource, .. } = &envelope.message {
+            match resource.class {
+                Class::Attr => self.adopt_attributes(resource.ino, envelope.attributes.as_deref().cloned(), envelope.home_time),
+                // Layouts do not change while an inode lives, and an inode does not live twice.
+                Class::Open => {
+                    let mut files = self.files.borrow_mut();
+                    let file = files.entry(resource.ino).or_default();
+                    match &envelope.attributes {
+                        Some(attributes) => file.layout = Some(Rc::new(attributes.layout.clone())),
+                        None => file.gone = true,
+                    }
+                }
+                _ => {}
+            }
+        }
+        let observed = matches!(envelope.message, LockMessage::Observed { .. });
+        let mut effects = Vec::new();
+        self.lock_client.borrow_mut().handle(from.slot, envelope.message, now, &mut Policy(self), &mut effects);
+        if observed {
+            for effect in &effects {
+                if let ClientEffect::Observed { token } = effect {
+                    self.glimpse_answers.borrow_mut().insert(token.0, (envelope.attributes.clone(), envelope.home_time));
+                }
+            }
+        }
+        self.client_effects.borrow_mut().extend(effects);
+    }
+
+    fn client_effect(self: &Rc<Self>, effect: ClientEffect) {
+        match effect {
+            ClientEffect::Send { to, message } => self.send_lock(to, message),
+            ClientEffect::Pinned { token } => self.finish_pin(token, Ok(Outcome::Pinned)),
+            ClientEffect::PinFailed { token, errno } => self.finish_pin(token, Err(errno)),
+            ClientEffect::Observed { token } => self.finish_pin(token, Ok(Outcome::Observed)),
+            ClientEffect::Vacate { fence, resource, range, held, grant, keep, successor } => {
+                let began = Instant::now();
+                match resource.class {
+                    Class::Data => {
+                        let volume = self.clone();
+                        self.spawn(async move {
+                            let outcome = volume.vacate_data(resource, range, held, grant, keep, successor).await;
+                            volume.metrics.lock_revoke.record(began.elapsed());
+                            volume.finish_vacate(fence, outcome);
+                        });
+                    }
+                    Class::Name => {
+                        if keep.is_none() && !self.mutated("names_kept_after_revoke") {
+                            self.names.borrow_mut().drop_range(resource.ino, range);
+                        }
+                        self.finish_vacate(fence, Vacated::WrittenBack);
+                    }
+                    Class::Attr | Class::Open | Class::Rename => self.finish_vacate(fence, Vacated::WrittenBack),
+                }
+            }
+            ClientEffect::Acquired { resource, range, grant, fresh, .. } => {
+                if resource.class == Class::Data {
+                    for piece in &fresh {
+                        self.cap_size_floor(resource.ino, piece.lo);
+                    }
+                    // Storage is current: if a hand-over had been announced for this grant, it will not come.
+                    let mut hand_overs = self.hand_overs.borrow_mut();
+                    if hand_overs.fetching.get(&grant).is_some_and(|(_, expected)| *expected == range) && hand_overs.awaited.remove(&grant).is_some() {
+                        hand_overs.fetching.remove(&grant);
+                    }
+                    drop(hand_overs);
+                    self.cache_changed.notify();
+                }
+            }
+            ClientEffect::AwaitHandOver { grant, resource, range, from } => {
+                let arrived = {
+                    let mut hand_overs = self.hand_overs.borrow_mut();
+                    hand_overs.fetching.insert(grant, (resource, range));
+                    let arrived = hand_overs.arrived.remove(&grant);
+                    if arrived.is_none() {
+                        hand_overs.awaited.insert(grant, (resource, range, from));
+                    }
+                    arrived
+                };
+                if let Some((slot, hand_over)) = arrived {
+                    self.take_over(slot, hand_over);
+                }
+            }
+            ClientEffect::Dropped { resource, range, .. } => self.drop_transit(resource, range),
+            ClientEffect::Lost { resource, range, mode, .. } => self.lose(resource, range, mode),
+        }
+    }
+
+    fn finish_pin(&self, token: PinToken, outcome: std::result::Result<Outcome, i32>) {
+        let waiting = self.waiting_pins.borrow_mut().remove(&token.0);
+        match waiting {
+            Some(waiting) => waiting.sender.send(outcome),
+            // The waiter is gone and has unpinned.
+            None => {
+                self.glimpse_answers.borrow_mut().remove(&token.0);
+            }
+        }
+    }
+
+    fn finish_vacate(&self, fence: verbfs_lock::FenceId, outcome: Vacated) {
+        let mut effects = Vec::new();
+        self.lock_client.borrow_mut().vacated(fence, outcome, self.ticks(), &mut effects);
+        self.client_effects.borrow_mut().extend(effects);
+    }
+
+    /// HANDOVER from an old holder.
+    pub(crate) fn receive_hand_over(self: &Rc<Self>, from: Slot, hand_over: HandOver) {
+        if hand_over.resource.class != Class::Data || hand_over.pages.len() > RUNS_MAX {
+            self.refuse(from, "a hand-over that cannot be");
+            return;
+        }
+        let awaited = self.hand_overs.borrow_mut().awaited.remove(&hand_over.new_grant);
+        match awaited {
+            Some((resource, range, source)) => {
+                if source.slot != from || resource != hand_over.resource || range != hand_over.range {
+                    self.refuse(from, "a hand-over of something else than what was granted");
+                    return;
+                }
+                self.take_over(from, hand_over);
+            }
+            None => {
+                self.hand_overs.borrow_mut().arrived.insert(hand_over.new_grant, (from, hand_over));
+            }
+        }
+    }
+
+    fn take_over(self: &Rc<Self>, from: Slot, hand_over: HandOver) {
+        let volume = self.clone();
+        self.spawn(async move {
+            let began = Instant::now();
+            let grant = hand_over.new_grant;
+            let ok = volume.fetch_hand_over(from, &hand_over).await;
+            volume.metrics.hand_over.record(began.elapsed());
+            volume.metrics.hand_overs[crate::metrics::Direction::Received].increment();
+            volume.hand_overs.borrow_mut().fetching.remove(&grant);
+            let mut effects = Vec::new();
+            volume.lock_client.borrow_mut().fetched(grant, ok, volume.ticks(), &mut effects);
+            volume.client_effects.borrow_mut().extend(effects);
+            volume.cache_changed.notify();
+        });
+    }
+
+    /// Whether pages of this range are still on their way from an earlier holder.
+    pub(crate) fn is_taking_over(&self, resource: Resource, range: Range) -> bool {
+        self.hand_overs.borrow().fetching.values().any(|(other, pages)| *other == resource && pages.overlaps(range))
+    }
+
+    /// What ticks: minimum holds, the number of grants.
+    pub(crate) fn tick_locks(self: &Rc<Self>) {
+        let mut effects = Vec::new();
+        let now = self.ticks();
+        {
+            let mut client = self.lock_client.borrow_mut();
+            client.tick(now, &mut Policy(self), &mut effects);
+            if client.len() > self.options.maximum_grants {
+                client.trim(self.options.maximum_grants * 9 / 10, &mut effects);
+            }
+        }
+        self.client_effects.borrow_mut().extend(effects);
+    }
+
+    /// Pins that wait for a server which has been gone too long fail with EIO.
+    pub(crate) fn expire_pins(&self, gone: &[Slot]) {
+        let expired: Vec<u64> = self
+            .waiting_pins
+            .borrow()
+            .iter()
+            .filter(|(_, waiting)| gone.contains(&waiting.server) && waiting.since.elapsed() >= self.options.peer_timeout)
+            .map(|(token, _)| *token)
+            .collect();
+        for token in expired {
+            let waiting = self.waiting_pins.borrow_mut().remove(&token);
+            drop(waiting);
+        }
+    }
+}
+
+/// What to give up for a revoke: for data, everything around that holds no page; of names and the rest, what is needed.
+struct Policy<'a>(&'a Volume);
+
+impl RevokePolicy for Policy<'_> {
+    fn give_up(&mut self, resource: Resource, granted: Range, need: Range, want: Range) -> Range {
+        match resource.class {
+            Class::Data => {
+                let (below, above) = self.0.cache.borrow().neighbours(resource.ino, need);
+                let offered = granted.intersect(want.hull(need));
+                Range::new(offered.lo.max(below.unwrap_or(0)).min(need.lo), offered.hi.min(above.unwrap_or(u64::MAX)).max(need.hi))
+            }
+            _ => need,
+        }
+    }
+}
+
+fn metric_class(class: Class) -> crate::metrics::LockClass {
+    use crate::metrics::LockClass;
+    match class {
+        Class::Rename => LockClass::Rename,
+        Class::Name => LockClass::Name,
+        Class::Open => LockClass::Open,
+        Class::Attr => LockClass::Attr,
+        Class::Data => LockClass::Data,
+    }
+}
+
+impl Volume {
+    /// A peer that is gone hands nothing over any more.
+    pub(crate) fn drop_hand_overs_from(self: &Rc<Self>, slot: Slot) {
+        let dead: Vec<GrantId> = {
+            let mut hand_overs = self.hand_overs.borrow_mut();
+            hand_overs.arrived.retain(|_, (from, _)| *from != slot);
+            hand_overs.awaited.iter().filter(|(_, (_, _, from))| from.slot == slot).map(|(grant, _)| *grant).collect()
+        };
+        for grant in dead {
+            {
+                let mut hand_overs = self.hand_overs.borrow_mut();
+                hand_overs.awaited.remove(&grant);
+                hand_overs.fetching.remove(&grant);
+            }
+            let mut effects = Vec::new();
+            self.lock_client.borrow_mut().fetched(grant, false, self.ticks(), &mut effects);
+            self.client_effects.borrow_mut().extend(effects);
+        }
+        self.cache_changed.notify();
+    }
+}

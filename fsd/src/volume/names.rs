@@ -1,0 +1,247 @@
+//! Names as a client sees them: look-ups under NAME locks, and operations that homes execute.
+
+use super::*;
+use std::collections::BTreeMap;
+use verbfs_lock::PinKind;
+use verbfs_namespace::name_hash;
+
+/// Cached entries of all directories at most; about 100 bytes each.
+const CACHED_ENTRIES_MAX: usize = 200_000;
+/// A look-up whose inode goes away between entry and attributes is tried so often again.
+const LOOKUP_ATTEMPTS: usize = 16;
+
+type DirectoryEntries = BTreeMap<(u64, Vec<u8>), Option<(Ino, FileKind)>>;
+
+/// Entries of directories of other homes, present or absent, each under a NAME lock.
+#[derive(Default)]
+pub(crate) struct NameCache {
+    directories: HashMap<Ino, DirectoryEntries>,
+    entries: usize,
+}
+
+impl NameCache {
+    fn get(&self, directory: Ino, hash: u64, name: &[u8]) -> Option<Option<(Ino, FileKind)>> {
+        self.directories.get(&directory)?.get(&(hash, name.to_vec())).copied()
+    }
+
+    fn put(&mut self, directory: Ino, hash: u64, name: &[u8], entry: Option<(Ino, FileKind)>) {
+        if self.entries >= CACHED_ENTRIES_MAX {
+            // Entries may be forgotten at any time; the lock stays.
+            self.directories.clear();
+            self.entries = 0;
+        }
+        if self.directories.entry(directory).or_default().insert((hash, name.to_vec()), entry).is_none() {
+            self.entries += 1;
+        }
+    }
+
+    pub fn drop_range(&mut self, directory: Ino, range: Range) {
+        let Some(entries) = self.directories.get_mut(&directory) else { return };
+        let gone: Vec<(u64, Vec<u8>)> = entries.range((range.lo, Vec::new())..).take_while(|((hash, _), _)| *hash < range.hi).map(|(key, _)| key.clone()).collect();
+        for key in gone {
+            entries.remove(&key);
+            self.entries -= 1;
+        }
+        if entries.is_empty() {
+            self.directories.remove(&directory);
+        }
+    }
+}
+
+/// The NAME range of one name.
+pub(crate) fn name_range(name: &[u8]) -> Range {
+    let hash = name_hash(name);
+    Range::new(hash, hash + 1)
+}
+
+pub(crate) fn check_name(name: &[u8]) -> Result<()> {
+    if name.is_empty() || name == b"." || name == b".." || name.contains(&b'/') || name.contains(&0) {
+        return Err(Errno::EINVAL);
+    }
+    if name.len() > NAME_MAX { Err(Errno::ENAMETOOLONG) } else { Ok(()) }
+}
+
+impl Volume {
+    /// An entry, read under a NAME S lock.
+    async fn entry(self: &Rc<Self>, directory: Ino, name: &[u8]) -> Result<Option<(Ino, FileKind)>> {
+        let range = name_range(name);
+        let _pin = self.pin(Resource::name(directory), range, Range::ALL, PinKind::Shared).await?;
+        self.pinned_entry(directory, name).await
+    }
+
+    /// An entry while its NAME is pinned.
+    pub(crate) async fn pinned_entry(self: &Rc<Self>, directory: Ino, name: &[u8]) -> Result<Option<(Ino, FileKind)>> {
+        if directory.home() == self.slot() {
+            let entry = self.store.borrow().read(|txn| txn.entry(directory, name)).map_err(storage::store_error)?;
+            return Ok(entry.map(|entry| (entry.ino, entry.kind)));
+        }
+        let hash = name_hash(name);
+        if let Some(known) = self.names.borrow().get(directory, hash, name) {
+            return Ok(known);
+        }
+        match self.call(directory.home(), Request::Lookup { directory, name: name.to_vec() }).await? {
+            Reply::Entry(entry) => {
+                self.names.borrow_mut().put(directory, hash, name, entry);
+                Ok(entry)
+            }
+            _ => Err(Errno::EPROTO),
+        }
+    }
+
+    /// Attributes of what `name` names in a directory.
+    ///
+    /// # Errors
+    /// ENOENT; ENAMETOOLONG; EIO when a home is unreachable.
+    pub async fn lookup(self: &Rc<Self>, parent: Ino, name: &[u8]) -> Result<Attributes> {
+        if name.len() > NAME_MAX {
+            return Err(Errno::ENAMETOOLONG);
+        }
+        for _ in 0..LOOKUP_ATTEMPTS {
+            let Some((ino, _)) = self.entry(parent, name).await? else { return Err(Errno::ENOENT) };
+            match self.attributes(ino).await {
+                Ok(attributes) if attributes.nlink > 0 => return Ok(attributes),
+                // Unlinked in between: the name means something else now, or nothing.
+                Ok(_) | Err(Errno::ESTALE) => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Err(Errno::ENOENT)
+    }
+
+    async fn operation(self: &Rc<Self>, home: Slot, caller: Caller, kind: Operation) -> Result<Reply> {
+        let operation = OperationId { node: self.options.me, sequence: self.number() };
+        self.call(home, Request::Operation { operation, acked_below: 0, caller, kind }).await
+    }
+
+    /// Makes something that is not a directory. `Ok((attributes, created))`.
+    ///
+    /// # Errors
+    /// EEXIST when `exclusive` and the name is taken; ENOENT when the directory was removed; ENOSPC.
+    pub async fn create(self: &Rc<Self>, caller: Caller, parent: Ino, name: &[u8], new: NewInode, exclusive: bool) -> Result<(Attributes, bool)> {
+        check_name(name)?;
+        match self.operation(parent.home(), caller, Operation::Create { parent, name: name.to_vec(), new, exclusive }).await? {
+            Reply::Created { attributes, created } => {
+                if attributes.layout.is_valid() {
+                    self.files.borrow_mut().entry(attributes.ino).or_default().layout = Some(Rc::new(attributes.layout.clone()));
+                }
+                Ok((*attributes, created))
+            }
+            _ => Err(Errno::EPROTO),
+        }
+    }
+
+    pub async fn make_directory(self: &Rc<Self>, caller: Caller, parent: Ino, name: &[u8], new: NewInode) -> Result<Attributes> {
+        check_name(name)?;
+        match self.operation(parent.home(), caller, Operation::MakeDirectory { parent, name: name.to_vec(), new }).await? {
+            Reply::Attributes(attributes) => Ok(*attributes),
+            _ => Err(Errno::EPROTO),
+        }
+    }
+
+    pub async fn unlink(self: &Rc<Self>, caller: Caller, parent: Ino, name: &[u8]) -> Result<()> {
+        check_name(name)?;
+        self.operation(parent.home(), caller, Operation::Unlink { parent, name: name.to_vec() }).await.map(|_| ())
+    }
+
+    pub async fn remove_directory(self: &Rc<Self>, caller: Caller, parent: Ino, name: &[u8]) -> Result<()> {
+        match name {
+            b"." => return Err(Errno::EINVAL),
+            b".." => return Err(Errno::ENOTEMPTY),
+            _ => check_name(name)?,
+        }
+        self.operation(parent.home(), caller, Operation::RemoveDirectory { parent, name: name.to_vec() }).await.map(|_| ())
+    }
+
+    pub async fn link(self: &Rc<Self>, caller: Caller, ino: Ino, parent: Ino, name: &[u8]) -> Result<Attributes> {
+        check_name(name)?;
+        match self.operation(parent.home(), caller, Operation::Link { ino, parent, name: name.to_vec() }).await? {
+            Reply::Attributes(attributes) => Ok(*attributes),
+            _ => Err(Errno::EPROTO),
+        }
+    }
+
+    pub async fn rename(self: &Rc<Self>, caller: Caller, parent: Ino, name: &[u8], new_parent: Ino, new_name: &[u8], flags: RenameFlags) -> Result<()> {
+        check_name(name)?;
+        check_name(new_name)?;
+        let kind = Operation::Rename { parent, name: name.to_vec(), new_parent, new_name: new_name.to_vec(), flags };
+        self.operation(parent.home(), caller, kind).await.map(|_| ())
+    }
+
+    /// Mode, owner, times; see [`Volume::truncate`] for the size.
+    pub async fn change(self: &Rc<Self>, caller: Caller, ino: Ino, change: Change) -> Result<Attributes> {
+        match self.operation(ino.home(), caller, Operation::Change { ino, change }).await? {
+            Reply::Attributes(attributes) => Ok(*attributes),
+            _ => Err(Errno::EPROTO),
+        }
+    }
+
+    pub async fn read_link(self: &Rc<Self>, ino: Ino) -> Result<Vec<u8>> {
+        match self.call(ino.home(), Request::ReadLink { ino }).await? {
+            Reply::Bytes(target) => Ok(target),
+            _ => Err(Errno::EPROTO),
+        }
+    }
+
+    pub async fn get_xattr(self: &Rc<Self>, ino: Ino, name: &[u8]) -> Result<Vec<u8>> {
+        match self.call(ino.home(), Request::GetXattr { ino, name: name.to_vec() }).await? {
+            Reply::Bytes(value) => Ok(value),
+            _ => Err(Errno::EPROTO),
+        }
+    }
+
+    pub async fn list_xattr(self: &Rc<Self>, ino: Ino) -> Result<Vec<Vec<u8>>> {
+        match self.call(ino.home(), Request::ListXattr { ino }).await? {
+            Reply::Names(names) => Ok(names),
+            _ => Err(Errno::EPROTO),
+        }
+    }
+
+    pub async fn set_xattr(self: &Rc<Self>, caller: Caller, ino: Ino, name: &[u8], value: &[u8], create: bool, replace: bool) -> Result<()> {
+        if value.len() > XATTR_VALUE_MAX {
+            return Err(Errno(libc::E2BIG));
+        }
+        if name.is_empty() || name.len() > NAME_MAX {
+            return Err(Errno::ERANGE);
+        }
+        self.operation(ino.home(), caller, Operation::SetXattr { ino, name: name.to_vec(), value: value.to_vec(), create, replace }).await.map(|_| ())
+    }
+
+    pub async fn remove_xattr(self: &Rc<Self>, caller: Caller, ino: Ino, name: &[u8]) -> Result<()> {
+        self.operation(ino.home(), caller, Operation::RemoveXattr { ino, name: name.to_vec() }).await.map(|_| ())
+    }
+
+    /// Space of the whole volume: the sum over the nodes that can be reached.
+    pub async fn statfs(self: &Rc<Self>) -> Result<Space> {
+        let calls = self.options.members.clone().into_iter().map(|slot| -> std::pin::Pin<Box<dyn Future<Output = Result<Reply>>>> {
+            let volume = self.clone();
+            Box::pin(async move { volume.call(slot, Request::Statfs).await })
+        });
+        let mut sum = Space::default();
+        for reply in crate::executor::join_all(calls.collect()).await {
+            if let Ok(Reply::Space(space)) = reply {
+                sum.pages += space.pages;
+                sum.free_pages += space.free_pages;
+                sum.inodes += space.inodes;
+                sum.free_inodes += space.free_inodes;
+            }
+        }
+        Ok(sum)
+    }
+
+    /// Entries behind `cursor` (0 = start), without . and ..; `true` at the end. An entry that exists throughout
+    /// a scan is listed once, one that never does is not.
+    pub async fn list(self: &Rc<Self>, directory: Ino, cursor: u64, limit: u32) -> Result<(Vec<Listed>, bool)> {
+        let _pin = self.pin(Resource::name(directory), Range::ALL, Range::ALL, PinKind::Shared).await?;
+        match self.call(directory.home(), Request::List { directory, cursor, limit }).await? {
+            Reply::Entries { entries, end } => Ok((entries, end)),
+            _ => Err(Errno::EPROTO),
+        }
+    }
+
+    pub async fn parent(self: &Rc<Self>, directory: Ino) -> Result<Ino> {
+        match self.call(directory.home(), Request::Parent { directory }).await? {
+            Reply::Ino(ino) => Ok(ino),
+            _ => Err(Errno::EPROTO),
+        }
+    }
+}

@@ -1,0 +1,216 @@
+//! What this node answers as the place where records and pages are stored.
+
+use super::*;
+use verbfs_arena::Claim;
+
+/// Entries in one reply to LIST at most: about 40 KiB of names of usual length, at most 280 KiB.
+const LIST_MAX: u32 = 1024;
+
+pub(crate) fn store_error(error: verbfs_namespace::Error) -> Errno {
+    if !error.is_harmless() {
+        tracing::error!(%error, "the store failed");
+    }
+    Errno(error.errno())
+}
+
+pub(crate) fn arena_error(error: verbfs_arena::Error) -> Errno {
+    let errno = Errno(error.errno());
+    if errno != Errno::ENOSPC {
+        tracing::error!(%error, "the arena failed");
+    }
+    errno
+}
+
+impl Volume {
+    /// Serves a request of a node, also this one.
+    pub(crate) async fn serve(self: Rc<Self>, from: Node, request: Request) -> Result<Reply> {
+        match request {
+            Request::Operation { operation, caller, kind, .. } => self.operate(operation, caller, kind).await,
+            Request::Lookup { directory, name } => {
+                let entry = self.store.borrow().read(|txn| txn.entry(directory, &name)).map_err(store_error)?;
+                Ok(Reply::Entry(entry.map(|entry| (entry.ino, entry.kind))))
+            }
+            Request::List { directory, cursor, limit } => {
+                let limit = limit.clamp(1, LIST_MAX);
+                let listed = self.store.borrow().read(|txn| txn.scan(directory, cursor, limit as usize)).map_err(store_error)?;
+                let end = listed.len() < limit as usize;
+                Ok(Reply::Entries { entries: listed.into_iter().map(|entry| Listed { name: entry.name, ino: entry.entry.ino, kind: entry.entry.kind, cursor: entry.cursor }).collect(), end })
+            }
+            Request::Parent { directory } => {
+                let parent = self.store.borrow().read(|txn| txn.parent(directory)).map_err(store_error)?;
+                Ok(Reply::Ino(parent.unwrap_or(Ino::ROOT)))
+            }
+            Request::ReserveInode => {
+                let sequence = self.store.borrow_mut().write(|txn| txn.allocate_sequence()).map_err(store_error)?;
+                Ok(Reply::Ino(Ino::new(self.slot(), sequence)))
+            }
+            Request::ReadLink { ino } => {
+                let target = self.store.borrow().read(|txn| txn.symlink(ino)).map_err(store_error)?;
+                target.map(Reply::Bytes).ok_or(Errno::EINVAL)
+            }
+            Request::GetXattr { ino, name } => {
+                if self.stored_attributes(ino)?.is_none() {
+                    return Err(Errno::ESTALE);
+                }
+                let value = self.store.borrow().read(|txn| txn.xattr(ino, &name)).map_err(store_error)?;
+                value.map(Reply::Bytes).ok_or(Errno::ENODATA)
+            }
+            Request::ListXattr { ino } => {
+                if self.stored_attributes(ino)?.is_none() {
+                    return Err(Errno::ESTALE);
+                }
+                Ok(Reply::Names(self.store.borrow().read(|txn| txn.xattrs(ino)).map_err(store_error)?))
+            }
+            Request::Layout { ino, range } => {
+                let extents = self.store.borrow().read(|txn| self.extents.borrow().lookup(txn, ino, range)).map_err(arena_error)?;
+                Ok(Reply::Extents { key: self.arena_key, extents, allocated: 0 })
+            }
+            Request::Allocate { ino, range, zero } => self.allocate(from, ino, range, zero),
+            Request::Commit { ino, ranges } => {
+                if ranges.len() > RUNS_MAX {
+                    return Err(Errno::EINVAL);
+                }
+                let change = self.store.borrow_mut().write(|txn| self.extents.borrow_mut().commit(txn, ino, &ranges)).map_err(arena_error)?;
+                self.extents.borrow_mut().apply(change).map_err(arena_error)?;
+                Ok(Reply::Done)
+            }
+            Request::Free { ino, range } => self.free(ino, range).map(Reply::Freed),
+            Request::Sync { ino } => self.sync(ino).await,
+            Request::Flush { resource, range } => match resource.class {
+                Class::Data => {
+                    self.flush_range(resource, range).await?;
+                    Ok(Reply::Flushed { report: None })
+                }
+                Class::Attr => Ok(Reply::Flushed { report: self.take_report(resource.ino) }),
+                _ => Err(Errno::EINVAL),
+            },
+            Request::Prepare { transaction, updates } => self.prepare(transaction, updates),
+            Request::Decide { transaction, commit } => self.decide(transaction, commit),
+            Request::SetFileLock { ino, space, lock, wait, token } => self.serve_set_file_lock(from, ino, space, lock, wait, token).await,
+            Request::GetFileLock { ino, space, lock } => Ok(Reply::FileLock(self.file_locks.borrow().table.get(ino, space, lock))),
+            Request::CancelFileLock { token, .. } => self.serve_cancel_file_lock(from, token),
+            Request::ReleaseFileLocks { ino, space, owner } => self.serve_release_file_locks(ino, space, owner),
+            Request::WaitsFor { owner } => Ok(Reply::Owners(self.file_locks.borrow().table.waits_for(owner))),
+            Request::Statfs => self.space().map(Reply::Space),
+            Request::Describe { resource } => Ok(self.describe(resource)),
+            Request::DescribeFileLocks { ino } => Ok(Reply::FileLocks(self.list_file_locks(ino))),
+        }
+    }
+
+    fn allocate(&self, _from: Node, ino: Ino, range: Range, zero: bool) -> Result<Reply> {
+        // One request covers at most one chunk; what is asked beyond any file is a peer's error.
+        if range.is_empty() || range.len() > crate::volume::data::PIECE_MAX / PAGE_SIZE * 64 || range.hi > u64::MAX / PAGE_SIZE {
+            return Err(Errno::EINVAL);
+        }
+        let before = self.store.borrow().read(|txn| self.extents.borrow().lookup(txn, ino, range)).map_err(arena_error)?;
+        let had: u64 = before.iter().map(|extent| extent.pages).sum();
+        let allocated = self.store.borrow().read(|txn| self.extents.borrow_mut().allocate(txn, ino, range, Claim::Free));
+        let mut extents = allocated.map_err(|error| {
+            let errno = arena_error(error);
+            if errno == Errno::ENOSPC {
+                self.metrics.arena_full.increment();
+            }
+            errno
+        })?;
+        let new = extents.iter().map(|extent| extent.pages).sum::<u64>() - had;
+        if zero {
+            // What was allocated and not committed before belongs to a page somebody has dirty: left to its commit.
+            let mut fresh = Vec::new();
+            for extent in extents.iter().filter(|extent| !extent.committed) {
+                for part in without_all(Range::new(extent.page, extent.page + extent.pages), &before) {
+                    self.extents.borrow().arena().zero((extent.arena_page + (part.lo - extent.page)) * PAGE_SIZE, part.len() * PAGE_SIZE);
+                    fresh.push(part);
+                }
+            }
+            let change = self.store.borrow_mut().write(|txn| self.extents.borrow_mut().commit(txn, ino, &fresh)).map_err(arena_error)?;
+            self.extents.borrow_mut().apply(change).map_err(arena_error)?;
+            extents = self.store.borrow().read(|txn| self.extents.borrow().lookup(txn, ino, range)).map_err(arena_error)?;
+        }
+        Ok(Reply::Extents { key: self.arena_key, extents, allocated: new })
+    }
+
+    pub(crate) fn free(&self, ino: Ino, range: Range) -> Result<u64> {
+        let full = |error: &verbfs_arena::Error| error.errno() == libc::ENOSPC;
+        let change = self.store.borrow_mut().write_reclaiming(full, |txn| self.extents.borrow_mut().remove(txn, ino, range)).map_err(arena_error)?;
+        self.extents.borrow_mut().apply(change).map_err(arena_error)
+    }
+
+    /// SYNC: all holders write back what they have of this file here, keeping their locks. Hand-overs are
+    /// off meanwhile: dirty pages that moved on to a node not asked would escape.
+    async fn sync(self: &Rc<Self>, ino: Ino) -> Result<Reply> {
+        self.lock_server.borrow_mut().pause_hand_over(ino);
+        let outcome = self.sync_holders(ino).await;
+        self.lock_server.borrow_mut().resume_hand_over(ino);
+        outcome?;
+        Ok(Reply::Done)
+    }
+
+    async fn sync_holders(self: &Rc<Self>, ino: Ino) -> Result<()> {
+        let mut holders = self.lock_server.borrow().exclusive_holders(ino);
+        holders.sort_unstable_by_key(|(slot, _, resource, range)| (*slot, *resource, *range));
+        // One request for each holder and resource: the hull is enough, clean pages cost nothing.
+        let mut asked: Vec<(Slot, Resource, Range)> = Vec::new();
+        for (slot, _, resource, range) in holders {
+            match asked.last_mut() {
+                Some((last_slot, last, hull)) if *last_slot == slot && *last == resource => *hull = hull.hull(range),
+                _ => asked.push((slot, resource, range)),
+            }
+        }
+        let calls = asked.into_iter().map(|(slot, resource, range)| -> std::pin::Pin<Box<dyn Future<Output = Result<()>>>> {
+            let volume = self.clone();
+            Box::pin(async move {
+                match volume.call(slot, Request::Flush { resource, range }).await? {
+                    Reply::Flushed { report } => {
+                        if let Some(report) = report {
+                            volume.apply_report(resource.ino, report);
+                        }
+                        Ok(())
+                    }
+                    _ => Err(Errno::EPROTO),
+                }
+            })
+        });
+        let mut outcome = Ok(());
+        for result in crate::executor::join_all(calls.collect()).await {
+            outcome = outcome.and(result);
+        }
+        outcome
+    }
+
+    /// Space and inodes of this node.
+    fn space(&self) -> Result<Space> {
+        let pages = self.extents.borrow().pages();
+        let store = self.store.borrow();
+        let usage = store.usage();
+        let inodes = store.inode_count().map_err(store_error)?;
+        // An inode with its entry takes about so much of the store.
+        const BYTES_PER_INODE: u64 = 512;
+        let free_inodes = usage.limit.saturating_sub(usage.high_water) / BYTES_PER_INODE;
+        Ok(Space { pages: pages.total, free_pages: pages.available(), inodes: inodes + free_inodes, free_inodes })
+    }
+
+    pub(crate) fn describe(&self, resource: Resource) -> Reply {
+        let server = self.lock_server.borrow();
+        let holders = server.holders(resource).into_iter().map(|view| {
+            let state = match (view.revoking, view.handing, view.incoming) {
+                (_, true, _) => "handing over",
+                (true, _, _) => "revoking",
+                (_, _, true) => "incoming",
+                _ => "granted",
+            };
+            Holder { slot: view.slot, range: view.range, mode: view.mode, state: state.to_string() }
+        });
+        let waiters = server.waiters(resource).into_iter().map(|view| Holder { slot: view.request.node.slot, range: view.need, mode: view.mode, state: format!("waiting for {} ms", self.ticks().saturating_sub(view.since)) });
+        Reply::Holders { holders: holders.collect(), waiters: waiters.collect() }
+    }
+}
+
+/// What of `range` no extent covers.
+fn without_all(range: Range, extents: &[Extent]) -> Vec<Range> {
+    let mut rest = vec![range];
+    for extent in extents {
+        let covered = Range::new(extent.page, extent.page + extent.pages);
+        rest = rest.into_iter().flat_map(|piece| piece.without(covered).collect::<Vec<_>>()).collect();
+    }
+    rest
+}
