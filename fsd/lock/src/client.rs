@@ -68,7 +68,17 @@ pub struct PinRequest {
 
 impl PinRequest {
     pub fn new(token: PinToken, resource: Resource, range: Range, kind: PinKind) -> PinRequest {
-        PinRequest { token, resource, range, want: range, kind, through_fence: false, no_growth: false, r#try: false, one_shot: false }
+        PinRequest {
+            token,
+            resource,
+            range,
+            want: range,
+            kind,
+            through_fence: false,
+            no_growth: false,
+            r#try: false,
+            one_shot: false,
+        }
     }
 }
 
@@ -93,24 +103,62 @@ pub enum Vacated {
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum ClientEffect {
-    Send { to: Slot, message: LockMessage },
-    Pinned { token: PinToken },
-    PinFailed { token: PinToken, errno: i32 },
+    Send {
+        to: Slot,
+        message: LockMessage,
+    },
+    Pinned {
+        token: PinToken,
+    },
+    PinFailed {
+        token: PinToken,
+        errno: i32,
+    },
     /// One-shot answer: the attributes travel outside; the token is done, no pin is held.
-    Observed { token: PinToken },
+    Observed {
+        token: PinToken,
+    },
     /// A fence over `range` has drained its pins. Write back, or hand over to `successor`, drop what `keep` does
     /// not allow, then call [`LockClient::vacated`]. May come again for the same fence, with a weaker `keep`,
     /// without the successor, or because a through-fence pin has been in: do the work again.
-    Vacate { fence: FenceId, resource: Resource, range: Range, held: Mode, grant: GrantId, keep: Option<Mode>, successor: Option<Successor> },
+    Vacate {
+        fence: FenceId,
+        resource: Resource,
+        range: Range,
+        held: Mode,
+        grant: GrantId,
+        keep: Option<Mode>,
+        successor: Option<Successor>,
+    },
     /// Granted; comes before any Pinned that rests on it. `fresh`: the parts of `range` that were not held before.
-    Acquired { resource: Resource, range: Range, mode: Mode, grant: GrantId, fresh: Vec<Range> },
+    Acquired {
+        resource: Resource,
+        range: Range,
+        mode: Mode,
+        grant: GrantId,
+        fresh: Vec<Range>,
+    },
     /// Pages of `range` come from `from` once its HANDOVER message is there; then call [`LockClient::fetched`].
     /// If [`ClientEffect::Acquired`] for `grant` comes first, storage is current: what was fetched must not be used.
-    AwaitHandOver { grant: GrantId, resource: Resource, range: Range, from: Successor },
+    AwaitHandOver {
+        grant: GrantId,
+        resource: Resource,
+        range: Range,
+        from: Successor,
+    },
     /// A hand-over has ended: the pages kept for it may be freed.
-    Dropped { resource: Resource, range: Range, grant: GrantId },
+    Dropped {
+        resource: Resource,
+        range: Range,
+        grant: GrantId,
+    },
     /// The server lost this grant: drop the pages; dirty ones are EIO.
-    Lost { resource: Resource, range: Range, grant: GrantId, mode: Mode },
+    Lost {
+        resource: Resource,
+        range: Range,
+        grant: GrantId,
+        mode: Mode,
+    },
 }
 
 pub trait RevokePolicy {
@@ -279,7 +327,12 @@ fn exclude(a: &PinRequest, b: &PinRequest) -> bool {
 
 impl Local {
     fn is_unused(&self) -> bool {
-        self.pieces.is_empty() && self.active.is_empty() && self.waiting.is_empty() && self.requests.is_empty() && self.transits.is_empty() && self.deferred.is_empty()
+        self.pieces.is_empty()
+            && self.active.is_empty()
+            && self.waiting.is_empty()
+            && self.requests.is_empty()
+            && self.transits.is_empty()
+            && self.deferred.is_empty()
     }
 
     fn coverage(&self, pin: &Pin, class: Class, mutations: &Mutations) -> Coverage {
@@ -294,8 +347,10 @@ impl Local {
                 State::Held => missing |= !covers,
                 State::Fenced(id) => {
                     let fence = &self.fences[&id];
-                    let joins = class == Class::Open && self.active.iter().any(|active| active.request.range.overlaps(fence.range));
-                    blocked |= !covers || !(through_fence && !fence.sealed || pin.reserved || joins || mutations.skip_fence);
+                    let joins = class == Class::Open
+                        && self.active.iter().any(|active| active.request.range.overlaps(fence.range));
+                    blocked |=
+                        !covers || !(through_fence && !fence.sealed || pin.reserved || joins || mutations.skip_fence);
                 }
             }
             let frozen = self.frozen.iter().any(|&(grant, _)| grant == piece.grant);
@@ -315,7 +370,8 @@ impl Local {
             return true;
         }
         let excluded = |other: &Pin| exclude(&pin.request, &other.request);
-        !self.active.iter().any(excluded) && (pin.reserved || pin.request.through_fence || !self.waiting[..earlier].iter().any(excluded))
+        !self.active.iter().any(excluded)
+            && (pin.reserved || pin.request.through_fence || !self.waiting[..earlier].iter().any(excluded))
     }
 
     /// Whether the answer to `request` will do for `pin`.
@@ -354,11 +410,21 @@ impl Local {
         for (index, pin) in self.active.iter().enumerate().filter(|(_, pin)| !pin.broken) {
             // Invariant 1: who runs holds.
             let range = pin.request.range;
-            let covered = self.pieces.overlapping(range).all(|(_, piece)| piece.mode.covers(pin.request.kind.mode()) && piece.state != State::Incoming);
-            debug_assert!(covered && self.pieces.gaps(range).is_empty(), "{pin:?} runs without its lock: {:?}", self.pieces);
-            debug_assert!(self.active[..index].iter().all(|other| !exclude(&pin.request, &other.request)), "{pin:?} does not run alone");
+            let covered = self
+                .pieces
+                .overlapping(range)
+                .all(|(_, piece)| piece.mode.covers(pin.request.kind.mode()) && piece.state != State::Incoming);
+            debug_assert!(
+                covered && self.pieces.gaps(range).is_empty(),
+                "{pin:?} runs without its lock: {:?}",
+                self.pieces
+            );
+            debug_assert!(
+                self.active[..index].iter().all(|other| !exclude(&pin.request, &other.request)),
+                "{pin:?} does not run alone"
+            );
         }
-        for (range, piece) in self.pieces.iter() {
+        for (range, piece) in self.pieces.iter().take(64) {
             if let State::Fenced(id) = piece.state {
                 debug_assert_eq!((self.fences[&id].range, self.fences[&id].grant), (range, piece.grant));
             }
@@ -535,7 +601,10 @@ impl LockClient {
                 effects.push(ClientEffect::Vacate { fence: id, resource, range, held, grant, keep, successor });
             }
         }
-        let extending = local.active.iter().any(|pin| matches!(pin.request.kind, PinKind::Extend | PinKind::Write | PinKind::Exclusive));
+        let extending = local
+            .active
+            .iter()
+            .any(|pin| matches!(pin.request.kind, PinKind::Extend | PinKind::Write | PinKind::Exclusive));
         if !extending || mutations.skip_freeze {
             for (grant, round) in local.unanswered.drain(..) {
                 send(effects, resource.server, LockMessage::Glimpsed { grant, resource, round });
@@ -578,23 +647,50 @@ impl LockClient {
         self.counters.requests += 1;
         let request = RequestId { node: self.node, sequence };
         let after_releases = self.releases_sent.get(&resource.server).copied().unwrap_or(0);
-        send(effects, resource.server, LockMessage::Lock { request, resource, mode, need, want, flags, upgrade, after_releases });
+        send(
+            effects,
+            resource.server,
+            LockMessage::Lock { request, resource, mode, need, want, flags, upgrade, after_releases },
+        );
     }
 
-    fn send_release(&mut self, resource: Resource, grant: GrantId, range: Range, keep: Option<Mode>, revoke_sequence: u32, effects: &mut Effects) {
+    fn send_release(
+        &mut self,
+        resource: Resource,
+        grant: GrantId,
+        range: Range,
+        keep: Option<Mode>,
+        revoke_sequence: u32,
+        effects: &mut Effects,
+    ) {
         *self.releases_sent.entry(resource.server).or_default() += 1;
         self.counters.releases += 1;
         send(effects, resource.server, LockMessage::Release { grant, resource, range, keep, revoke_sequence });
     }
 
-    pub fn handle(&mut self, from: Slot, message: LockMessage, now: Tick, policy: &mut dyn RevokePolicy, effects: &mut Effects) {
+    pub fn handle(
+        &mut self,
+        from: Slot,
+        message: LockMessage,
+        now: Tick,
+        policy: &mut dyn RevokePolicy,
+        effects: &mut Effects,
+    ) {
         match message {
-            LockMessage::Grant { request, grant, resource, range, mode, from: old } => self.granted(request, grant, resource, range, mode, old, now, effects),
+            LockMessage::Grant { request, grant, resource, range, mode, from: old } => {
+                self.granted(request, grant, resource, range, mode, old, now, effects)
+            }
             LockMessage::Deny { request, errno } => self.answered(request, Err(errno), effects),
             LockMessage::Observed { request } => self.answered(request, Ok(()), effects),
             LockMessage::Revoke { grant, resource, revoke_sequence, need, want, keep, successor } => {
                 self.counters.revokes += 1;
-                self.revoke(resource, Revoke { grant, need, want, keep, successor, revoke_sequence }, now, policy, effects);
+                self.revoke(
+                    resource,
+                    Revoke { grant, need, want, keep, successor, revoke_sequence },
+                    now,
+                    policy,
+                    effects,
+                );
                 self.progress(resource, effects);
             }
             LockMessage::Glimpse { grant, resource, round } => {
@@ -617,7 +713,9 @@ impl LockClient {
             }
             LockMessage::Done { grant, resource, range } => {
                 let Some(local) = self.locals.get_mut(&resource) else { return };
-                for transit in local.transits.extract_if(.., |transit| transit.grant == grant && transit.range.overlaps(range)) {
+                for transit in
+                    local.transits.extract_if(.., |transit| transit.grant == grant && transit.range.overlaps(range))
+                {
                     effects.push(ClientEffect::Dropped { resource, range: transit.range, grant });
                 }
                 self.progress(resource, effects);
@@ -649,7 +747,17 @@ impl LockClient {
     }
 
     #[allow(clippy::too_many_arguments)]
-    fn granted(&mut self, request: RequestId, grant: GrantId, resource: Resource, range: Range, mode: Mode, from: Option<Successor>, now: Tick, effects: &mut Effects) {
+    fn granted(
+        &mut self,
+        request: RequestId,
+        grant: GrantId,
+        resource: Resource,
+        range: Range,
+        mode: Mode,
+        from: Option<Successor>,
+        now: Tick,
+        effects: &mut Effects,
+    ) {
         if self.incoming.contains_key(&grant) {
             // The old holder wrote back instead, or died: storage is current.
             self.arrive(grant, now, effects);
@@ -657,7 +765,10 @@ impl LockClient {
         }
         if self.asked.remove(&request.sequence).is_none() {
             // Also what was taken meanwhile comes here once more, from storage; then there is nothing to do.
-            let known = self.locals.get(&resource).is_some_and(|local| local.pieces.iter().any(|(_, piece)| piece.grant == grant));
+            let known = self
+                .locals
+                .get(&resource)
+                .is_some_and(|local| local.pieces.iter().any(|(_, piece)| piece.grant == grant));
             if !known {
                 self.send_release(resource, grant, range, None, 0, effects);
             }
@@ -684,7 +795,10 @@ impl LockClient {
             return;
         }
         for (piece_range, piece) in local.pieces.take(range) {
-            debug_assert!(!lawful || piece.state == State::Held, "a grant never meets a fence: {piece:?} {piece_range}");
+            debug_assert!(
+                !lawful || piece.state == State::Held,
+                "a grant never meets a fence: {piece:?} {piece_range}"
+            );
             local.pieces.insert(piece_range, Piece { grant, mode: crate::server::join(piece.mode, mode), ..piece });
         }
         for &gap in &fresh {
@@ -724,10 +838,22 @@ impl LockClient {
         }
     }
 
-    fn revoke(&mut self, resource: Resource, revoke: Revoke, now: Tick, policy: &mut dyn RevokePolicy, effects: &mut Effects) {
+    fn revoke(
+        &mut self,
+        resource: Resource,
+        revoke: Revoke,
+        now: Tick,
+        policy: &mut dyn RevokePolicy,
+        effects: &mut Effects,
+    ) {
         let Revoke { grant, need, want, keep, successor, revoke_sequence } = revoke;
         let concerned: Vec<(Range, Piece)> = match self.locals.get(&resource) {
-            Some(local) => local.pieces.overlapping(need).filter(|(_, piece)| piece.grant == grant).map(|(range, piece)| (range, piece.clone())).collect(),
+            Some(local) => local
+                .pieces
+                .overlapping(need)
+                .filter(|(_, piece)| piece.grant == grant)
+                .map(|(range, piece)| (range, piece.clone()))
+                .collect(),
             None => Vec::new(),
         };
         if concerned.is_empty() {
@@ -737,7 +863,11 @@ impl LockClient {
         }
         let local = self.locals.get_mut(&resource).expect("it has pieces");
         if resource.class == Class::Data {
-            let young = concerned.iter().filter(|(_, piece)| piece.state == State::Held).map(|(_, piece)| piece.since.saturating_add(self.options.minimum_hold)).max();
+            let young = concerned
+                .iter()
+                .filter(|(_, piece)| piece.state == State::Held)
+                .map(|(_, piece)| piece.since.saturating_add(self.options.minimum_hold))
+                .max();
             if let Some(due) = young.filter(|&due| due > now) {
                 local.deferred.push((Uncompared(due), revoke));
                 self.deferred.insert((due, resource));
@@ -745,7 +875,12 @@ impl LockClient {
             }
         }
         // Pages go to a successor only from one whole piece; else the server will see a RELEASE instead.
-        let successor = successor.filter(|_| concerned.len() == 1 && concerned[0].0.contains(need) && concerned[0].1.state == State::Held && concerned[0].1.mode == Mode::X);
+        let successor = successor.filter(|_| {
+            concerned.len() == 1
+                && concerned[0].0.contains(need)
+                && concerned[0].1.state == State::Held
+                && concerned[0].1.mode == Mode::X
+        });
         for (held, piece) in concerned {
             let part = held.intersect(need);
             let local = self.locals.get_mut(&resource).expect("it has pieces");
@@ -764,7 +899,11 @@ impl LockClient {
                     if keep.is_none() && successor.is_none() {
                         let offered = policy.give_up(resource, held, part, want).hull(part).intersect(held);
                         let asked = local.requests.iter().map(|request| request.want.hull(request.need));
-                        range = if self.options.mutations.volunteer_asked { offered } else { Local::around(offered, part, asked) };
+                        range = if self.options.mutations.volunteer_asked {
+                            offered
+                        } else {
+                            Local::around(offered, part, asked)
+                        };
                     }
                     self.start_fence(resource, range, keep, successor, revoke_sequence, effects);
                 }
@@ -773,7 +912,15 @@ impl LockClient {
     }
 
     /// Fences `range`, which lies within one held piece.
-    fn start_fence(&mut self, resource: Resource, range: Range, keep: Option<Mode>, successor: Option<Successor>, revoke_sequence: u32, effects: &mut Effects) {
+    fn start_fence(
+        &mut self,
+        resource: Resource,
+        range: Range,
+        keep: Option<Mode>,
+        successor: Option<Successor>,
+        revoke_sequence: u32,
+        effects: &mut Effects,
+    ) {
         let local = self.locals.get_mut(&resource).expect("it has pieces");
         local.pieces.isolate(range);
         let (whole, piece) = local.pieces.overlapping_mut(range).next().expect("it is held");
@@ -789,7 +936,10 @@ impl LockClient {
         self.last_fence += 1;
         let id = FenceId(self.last_fence);
         piece.state = State::Fenced(id);
-        local.fences.insert(id, Fence { range, grant, keep, successor, revoke_sequence, vacating: None, resweep: false, sealed: false });
+        local.fences.insert(
+            id,
+            Fence { range, grant, keep, successor, revoke_sequence, vacating: None, resweep: false, sealed: false },
+        );
         self.fences.insert(id, resource);
     }
 
@@ -801,7 +951,8 @@ impl LockClient {
         let fence = local.fences.get_mut(&id).expect("it is listed");
         let Some(told) = fence.vacating else { return false };
         let pinned = local.active.iter().any(|pin| pin.request.range.overlaps(fence.range) && !pin.broken);
-        let stale = (fence.resweep || pinned) && !self.options.mutations.skip_resweep && !self.options.mutations.skip_drain;
+        let stale =
+            (fence.resweep || pinned) && !self.options.mutations.skip_resweep && !self.options.mutations.skip_drain;
         if stale || told != fence.keep || (outcome == Vacated::HandedOver && fence.successor.is_none()) {
             fence.vacating = None;
             self.counters.resweeps += 1;
@@ -845,13 +996,28 @@ impl LockClient {
                 revoke.successor = None;
                 known = true;
             }
-            let transits: Vec<Transit> = local.transits.extract_if(.., |transit| concerns(transit.grant, transit.range)).collect();
+            let transits: Vec<Transit> =
+                local.transits.extract_if(.., |transit| concerns(transit.grant, transit.range)).collect();
             for Transit { grant, range, revoke_sequence } in transits {
                 known = true;
                 self.last_fence += 1;
                 let id = FenceId(self.last_fence);
-                local.pieces.insert(range, Piece { grant, mode: Mode::X, state: State::Fenced(id), since: Uncompared(0) });
-                local.fences.insert(id, Fence { range, grant, keep: None, successor: None, revoke_sequence, vacating: None, resweep: false, sealed: true });
+                local
+                    .pieces
+                    .insert(range, Piece { grant, mode: Mode::X, state: State::Fenced(id), since: Uncompared(0) });
+                local.fences.insert(
+                    id,
+                    Fence {
+                        range,
+                        grant,
+                        keep: None,
+                        successor: None,
+                        revoke_sequence,
+                        vacating: None,
+                        resweep: false,
+                        sealed: true,
+                    },
+                );
                 self.fences.insert(id, resource);
             }
         }
@@ -865,7 +1031,8 @@ impl LockClient {
     /// back, and [`ClientEffect::Acquired`] comes when storage is current.
     pub fn fetched(&mut self, grant: GrantId, ok: bool, now: Tick, effects: &mut Effects) {
         let Some(&resource) = self.incoming.get(&grant) else { return };
-        let incoming = self.locals.get_mut(&resource).and_then(|local| local.incoming.get_mut(&grant)).expect("it is incoming");
+        let incoming =
+            self.locals.get_mut(&resource).and_then(|local| local.incoming.get_mut(&grant)).expect("it is incoming");
         if incoming.refused {
             // The old holder has been told to write back: only storage counts now, whatever was read since.
             return;
@@ -903,20 +1070,25 @@ impl LockClient {
     /// Gives up least recently used unpinned grants until at most so many ranges are held.
     pub fn trim(&mut self, keep_at_most: usize, effects: &mut Effects) {
         let mut surplus = self.ranges.saturating_sub(keep_at_most + self.fences.len());
-        let candidates: Vec<Resource> = if surplus == 0 { Vec::new() } else { self.least_recent.values().copied().collect() };
+        let candidates: Vec<Resource> =
+            if surplus == 0 { Vec::new() } else { self.least_recent.values().copied().collect() };
         for resource in candidates {
             if surplus == 0 {
                 break;
             }
             let local = &self.locals[&resource];
             // It volunteers nothing it may be asking for (lib.rs, rule 2).
-            if !(self.options.mutations.volunteer_asked || local.requests.is_empty() && local.waiting.is_empty()) || !local.frozen.is_empty() {
+            if !(self.options.mutations.volunteer_asked || local.requests.is_empty() && local.waiting.is_empty())
+                || !local.frozen.is_empty()
+            {
                 continue;
             }
             let idle: Vec<Range> = local
                 .pieces
                 .iter()
-                .filter(|(range, piece)| piece.state == State::Held && !local.active.iter().any(|pin| pin.request.range.overlaps(*range)))
+                .filter(|(range, piece)| {
+                    piece.state == State::Held && !local.active.iter().any(|pin| pin.request.range.overlaps(*range))
+                })
                 .map(|(range, _)| range)
                 .take(surplus)
                 .collect();

@@ -45,7 +45,8 @@ mod ranges;
 pub mod server;
 
 pub use client::{
-    ClientCounters, ClientEffect, ClientOptions, FenceId, GiveUpNeed, GrantView, LockClient, PinKind, PinRequest, PinToken, RevokePolicy, Vacated,
+    ClientCounters, ClientEffect, ClientOptions, FenceId, GiveUpNeed, GrantView, LockClient, PinKind, PinRequest,
+    PinToken, RevokePolicy, Vacated,
 };
 pub use server::{HolderView, LockServer, ServerCounters, ServerEffect, ServerOptions, WaiterView};
 

@@ -43,7 +43,11 @@ impl<T: Clone> RangeMap<T> {
     }
     /// Nearest first, below `at`, among entries that end at or below `at`.
     pub fn below(&self, at: u64) -> impl Iterator<Item = (Range, &T)> {
-        self.map.range(..at).rev().map(|(&lo, (hi, value))| (Range::new(lo, *hi), value)).filter(move |(range, _)| range.hi <= at)
+        self.map
+            .range(..at)
+            .rev()
+            .map(|(&lo, (hi, value))| (Range::new(lo, *hi), value))
+            .filter(move |(range, _)| range.hi <= at)
     }
     /// Nearest first, from `at` on.
     pub fn above(&self, at: u64) -> impl Iterator<Item = (Range, &T)> {
@@ -127,7 +131,10 @@ mod tests {
         assert_eq!(map.take(Range::new(5, 25)), [(Range::new(5, 10), 'a'), (Range::new(20, 25), 'b')]);
         map.insert(Range::new(5, 25), 'b');
         map.merge(Range::new(5, 25), |a, b| a == b);
-        assert_eq!(map.iter().map(|(range, &value)| (range, value)).collect::<Vec<_>>(), [(Range::new(0, 5), 'a'), (Range::new(5, 30), 'b')]);
+        assert_eq!(
+            map.iter().map(|(range, &value)| (range, value)).collect::<Vec<_>>(),
+            [(Range::new(0, 5), 'a'), (Range::new(5, 30), 'b')]
+        );
         assert_eq!(map.overlapping(Range::new(4, 5)).count(), 1);
         assert_eq!(map.overlapping(Range::new(4, 6)).count(), 2);
         assert_eq!(map.below(5).count(), 1);

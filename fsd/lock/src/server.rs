@@ -239,9 +239,9 @@ impl Entry {
 
     fn behind_earlier(&self, index: usize, mode: Mode) -> bool {
         let waiter = &self.waiters[index];
-        self.waiters[..index]
-            .iter()
-            .any(|earlier| earlier.slot() != waiter.slot() && earlier.need.overlaps(waiter.need) && !earlier.mode.compatible(mode))
+        self.waiters[..index].iter().any(|earlier| {
+            earlier.slot() != waiter.slot() && earlier.need.overlaps(waiter.need) && !earlier.mode.compatible(mode)
+        })
     }
 
     /// The largest range within `within` around `need` that meets no obstacle to `mode`.
@@ -256,7 +256,8 @@ impl Entry {
             }
         };
         for (&other, map) in &self.nodes {
-            let obstructs = |held: &Held| if other == slot { held.state != State::Granted } else { !held.mode.compatible(mode) };
+            let obstructs =
+                |held: &Held| if other == slot { held.state != State::Granted } else { !held.mode.compatible(mode) };
             for (at, (piece, held)) in map.below(need.lo).enumerate() {
                 if obstructs(held) || at == GROWTH_NEIGHBOURS {
                     clip(piece);
@@ -295,8 +296,12 @@ impl Entry {
             for (range, held) in map.iter().take(64) {
                 for (b, other) in self.nodes.range(a + 1..) {
                     for (_, theirs) in other.overlapping(range) {
-                        let handing = matches!(held.state, State::Handing { .. }) || matches!(theirs.state, State::Handing { .. });
-                        debug_assert!(handing || held.mode.compatible(theirs.mode), "{held:?} of {a} beside {theirs:?} of {b} over {range}");
+                        let handing = matches!(held.state, State::Handing { .. })
+                            || matches!(theirs.state, State::Handing { .. });
+                        debug_assert!(
+                            handing || held.mode.compatible(theirs.mode),
+                            "{held:?} of {a} beside {theirs:?} of {b} over {range}"
+                        );
                     }
                 }
             }
@@ -341,7 +346,12 @@ impl LockServer {
     }
 
     pub fn handle(&mut self, from: Node, message: LockMessage, now: Tick, effects: &mut Effects) {
-        let peer = self.peers.entry(from.slot).or_insert_with(|| Peer { incarnation: from.incarnation, gone: false, releases: 0, early: VecDeque::new() });
+        let peer = self.peers.entry(from.slot).or_insert_with(|| Peer {
+            incarnation: from.incarnation,
+            gone: false,
+            releases: 0,
+            early: VecDeque::new(),
+        });
         if from.incarnation < peer.incarnation || (from.incarnation == peer.incarnation && peer.gone) {
             return;
         }
@@ -349,7 +359,10 @@ impl LockServer {
             if !peer.gone {
                 self.node_gone(from.slot, now, effects);
             }
-            self.peers.insert(from.slot, Peer { incarnation: from.incarnation, gone: false, releases: 0, early: VecDeque::new() });
+            self.peers.insert(
+                from.slot,
+                Peer { incarnation: from.incarnation, gone: false, releases: 0, early: VecDeque::new() },
+            );
         }
         match message {
             LockMessage::Lock { .. } | LockMessage::Cancel { .. } => {
@@ -365,7 +378,9 @@ impl LockServer {
             }
             LockMessage::Taken { grant, resource } => self.taken(from.slot, grant, resource, effects),
             LockMessage::Refused { grant, resource } => self.refused(from.slot, grant, resource, effects),
-            LockMessage::Glimpsed { grant, resource, round } => self.glimpsed(from.slot, grant, resource, round, effects),
+            LockMessage::Glimpsed { grant, resource, round } => {
+                self.glimpsed(from.slot, grant, resource, round, effects)
+            }
             _ => {}
         }
     }
@@ -394,7 +409,11 @@ impl LockServer {
                         self.counters.denials += 1;
                         send(effects, from.slot, LockMessage::Deny { request, errno: EINVAL });
                     } else {
-                        self.lock(Waiter { request, mode, need, want, flags, since: Uncompared(now) }, resource, effects);
+                        self.lock(
+                            Waiter { request, mode, need, want, flags, since: Uncompared(now) },
+                            resource,
+                            effects,
+                        );
                     }
                 }
                 LockMessage::Cancel { request, resource } => self.cancel(request, resource, effects),
@@ -541,18 +560,23 @@ impl LockServer {
         let waiter = entry.waiters[index].clone();
         let slot = waiter.slot();
         let mut mode = entry.effective(resource.class, slot, waiter.mode, waiter.need);
-        let alone = entry.nodes.keys().all(|&other| other == slot) && entry.waiters.iter().all(|other| other.slot() == slot);
+        let alone =
+            entry.nodes.keys().all(|&other| other == slot) && entry.waiters.iter().all(|other| other.slot() == slot);
         if mode == Mode::E && alone {
             mode = Mode::X;
         }
         let limit = self.growth_limit(entry, &waiter);
-        let range = if self.options.mutations.unclamped_growth { limit } else { entry.grow(slot, mode, waiter.need, limit) };
+        let range =
+            if self.options.mutations.unclamped_growth { limit } else { entry.grow(slot, mode, waiter.need, limit) };
         let entry = self.entries.get_mut(&resource).expect("just seen");
         entry.waiters.remove(index);
         let map = entry.nodes.entry(slot).or_default();
         let gaps = map.gaps(range);
         for (piece, held) in map.take(range) {
-            debug_assert!(held.state == State::Granted || self.options.mutations != Mutations::default(), "a grant never meets a fence");
+            debug_assert!(
+                held.state == State::Granted || self.options.mutations != Mutations::default(),
+                "a grant never meets a fence"
+            );
             map.insert(piece, Held { grant, mode: join(held.mode, mode), state: State::Granted });
         }
         for gap in gaps {
@@ -566,7 +590,15 @@ impl LockServer {
         self.end_round_if_answered(resource, effects);
     }
 
-    fn hand_over(&mut self, resource: Resource, index: usize, old: Slot, old_grant: GrantId, old_range: Range, effects: &mut Effects) {
+    fn hand_over(
+        &mut self,
+        resource: Resource,
+        index: usize,
+        old: Slot,
+        old_grant: GrantId,
+        old_range: Range,
+        effects: &mut Effects,
+    ) {
         let grant = self.new_grant();
         let entry = &self.entries[&resource];
         let waiter = entry.waiters[index].clone();
@@ -606,12 +638,35 @@ impl LockServer {
         self.counters.revokes += 1;
         self.counters.hand_overs += 1;
         let successor = Some(Successor { slot, grant });
-        send(effects, old, LockMessage::Revoke { grant: old_grant, resource, revoke_sequence, need: range, want: range, keep: None, successor });
-        send(effects, slot, LockMessage::Grant { request: waiter.request, grant, resource, range, mode: Mode::X, from: Some(from) });
+        send(
+            effects,
+            old,
+            LockMessage::Revoke {
+                grant: old_grant,
+                resource,
+                revoke_sequence,
+                need: range,
+                want: range,
+                keep: None,
+                successor,
+            },
+        );
+        send(
+            effects,
+            slot,
+            LockMessage::Grant { request: waiter.request, grant, resource, range, mode: Mode::X, from: Some(from) },
+        );
     }
 
     /// Asks back from every conflicting holder what it was not asked for already.
-    fn revoke(&mut self, resource: Resource, waiter: &Waiter, mode: Mode, conflicts: Vec<(Slot, Range, Held)>, effects: &mut Effects) {
+    fn revoke(
+        &mut self,
+        resource: Resource,
+        waiter: &Waiter,
+        mode: Mode,
+        conflicts: Vec<(Slot, Range, Held)>,
+        effects: &mut Effects,
+    ) {
         let mut asks: Vec<(Slot, GrantId, Range, Option<Mode>)> = Vec::new();
         let entry = self.entries.get_mut(&resource).expect("it has a waiter");
         for (slot, range, held) in conflicts {
@@ -619,7 +674,9 @@ impl LockServer {
             let keep = keep_beside(held.mode, mode, waiter.flags.one_shot);
             let (keep, state) = match held.state {
                 State::Granted => (keep, State::Revoking { keep }),
-                State::Revoking { keep: asked } if weaker(asked, keep) != asked => (weaker(asked, keep), State::Revoking { keep: weaker(asked, keep) }),
+                State::Revoking { keep: asked } if weaker(asked, keep) != asked => {
+                    (weaker(asked, keep), State::Revoking { keep: weaker(asked, keep) })
+                }
                 State::Incoming { revoked: None } => (keep, State::Incoming { revoked: Some(keep) }),
                 State::Incoming { revoked: Some(asked) } if weaker(asked, keep) != asked => {
                     (weaker(asked, keep), State::Incoming { revoked: Some(weaker(asked, keep)) })
@@ -632,7 +689,11 @@ impl LockServer {
                 piece.state = state.clone();
             }
             match asks.last_mut() {
-                Some((last, grant, run, kept)) if (*last, *grant, run.hi, *kept) == (slot, held.grant, part.lo, keep) => run.hi = part.hi,
+                Some((last, grant, run, kept))
+                    if (*last, *grant, run.hi, *kept) == (slot, held.grant, part.lo, keep) =>
+                {
+                    run.hi = part.hi
+                }
                 _ => asks.push((slot, held.grant, part, keep)),
             }
         }
@@ -640,12 +701,33 @@ impl LockServer {
             entry.revoke_sequence += 1;
             self.counters.revokes += 1;
             let revoke_sequence = entry.revoke_sequence;
-            send(effects, slot, LockMessage::Revoke { grant, resource, revoke_sequence, need, want: waiter.want.hull(waiter.need), keep, successor: None });
+            send(
+                effects,
+                slot,
+                LockMessage::Revoke {
+                    grant,
+                    resource,
+                    revoke_sequence,
+                    need,
+                    want: waiter.want.hull(waiter.need),
+                    keep,
+                    successor: None,
+                },
+            );
         }
     }
 
     #[allow(clippy::too_many_arguments)]
-    fn release(&mut self, slot: Slot, grant: GrantId, resource: Resource, range: Range, keep: Option<Mode>, _now: Tick, effects: &mut Effects) {
+    fn release(
+        &mut self,
+        slot: Slot,
+        grant: GrantId,
+        resource: Resource,
+        range: Range,
+        keep: Option<Mode>,
+        _now: Tick,
+        effects: &mut Effects,
+    ) {
         let Some(entry) = self.entries.get_mut(&resource) else { return };
         let Some(map) = entry.nodes.get_mut(&slot) else { return };
         if range.is_empty() {
@@ -674,7 +756,7 @@ impl LockServer {
         }
         for to in handed {
             if !self.entries[&resource].still_handing(slot, to) {
-                self.from_storage(resource, to, effects);
+                self.settle_from_storage(resource, to, effects);
             }
         }
         self.forget_in_round(resource, slot);
@@ -683,7 +765,7 @@ impl LockServer {
     }
 
     /// A hand-over's pages are in storage (or died with their holder): the successor need not fetch.
-    fn from_storage(&mut self, resource: Resource, grant: GrantId, effects: &mut Effects) {
+    fn settle_from_storage(&mut self, resource: Resource, grant: GrantId, effects: &mut Effects) {
         let entry = self.entries.get_mut(&resource).expect("it has a hand-over");
         let Some(hand_over) = entry.hand_overs.remove(&grant) else { return };
         entry.arrived(grant, &hand_over);
@@ -721,7 +803,11 @@ impl LockServer {
             && hand_over.new == slot
         {
             self.counters.hand_backs += 1;
-            send(effects, hand_over.old.slot, LockMessage::HandBack { grant: hand_over.old.grant, resource, range: hand_over.range });
+            send(
+                effects,
+                hand_over.old.slot,
+                LockMessage::HandBack { grant: hand_over.old.grant, resource, range: hand_over.range },
+            );
         }
     }
 
@@ -738,8 +824,13 @@ impl LockServer {
         }
         self.last_round += 1;
         let number = self.last_round;
-        let holders: BTreeSet<(Slot, GrantId)> =
-            entry.nodes.iter().flat_map(|(&slot, map)| map.iter().filter(|(_, held)| held.mode == Mode::E).map(move |(_, held)| (slot, held.grant))).collect();
+        let holders: BTreeSet<(Slot, GrantId)> = entry
+            .nodes
+            .iter()
+            .flat_map(|(&slot, map)| {
+                map.iter().filter(|(_, held)| held.mode == Mode::E).map(move |(_, held)| (slot, held.grant))
+            })
+            .collect();
         for &(slot, grant) in &holders {
             send(effects, slot, LockMessage::Glimpse { grant, resource, round: number });
         }
@@ -760,7 +851,9 @@ impl LockServer {
         let Some(entry) = self.entries.get_mut(&resource) else { return };
         let Some(round) = entry.round.as_mut() else { return };
         let map = entry.nodes.get(&slot);
-        let still = |grant: GrantId| map.is_some_and(|map| map.iter().any(|(_, held)| held.grant == grant && held.mode == Mode::E));
+        let still = |grant: GrantId| {
+            map.is_some_and(|map| map.iter().any(|(_, held)| held.grant == grant && held.mode == Mode::E))
+        };
         round.holders.retain(|&(holder, grant)| holder != slot || still(grant));
         round.unanswered.retain(|&(holder, grant)| holder != slot || still(grant));
     }
@@ -820,7 +913,12 @@ impl LockServer {
             if !held && waited == 0 {
                 continue;
             }
-            let awaited: Vec<GrantId> = entry.hand_overs.iter().filter(|(_, hand_over)| hand_over.new == slot).map(|(&grant, _)| grant).collect();
+            let awaited: Vec<GrantId> = entry
+                .hand_overs
+                .iter()
+                .filter(|(_, hand_over)| hand_over.new == slot)
+                .map(|(&grant, _)| grant)
+                .collect();
             for grant in awaited {
                 let hand_over = entry.hand_overs.remove(&grant).expect("just listed");
                 let HandOver { old, range, .. } = hand_over;
@@ -832,9 +930,14 @@ impl LockServer {
                 self.counters.hand_backs += 1;
                 send(effects, old.slot, LockMessage::HandBack { grant: old.grant, resource, range });
             }
-            let given: Vec<GrantId> = entry.hand_overs.iter().filter(|(_, hand_over)| hand_over.old.slot == slot).map(|(&grant, _)| grant).collect();
+            let given: Vec<GrantId> = entry
+                .hand_overs
+                .iter()
+                .filter(|(_, hand_over)| hand_over.old.slot == slot)
+                .map(|(&grant, _)| grant)
+                .collect();
             for grant in given {
-                self.from_storage(resource, grant, effects);
+                self.settle_from_storage(resource, grant, effects);
             }
             self.forget_in_round(resource, slot);
             self.end_round_if_answered(resource, effects);
@@ -863,7 +966,11 @@ impl LockServer {
         for resource in [Resource { class: Class::Attr, ino, server: self.slot }, Resource::data(ino, self.slot)] {
             let Some(entry) = self.entries.get(&resource) else { continue };
             for (&slot, map) in &entry.nodes {
-                found.extend(map.iter().filter(|(_, held)| held.mode != Mode::S).map(|(range, held)| (slot, held.grant, resource, range)));
+                found.extend(
+                    map.iter()
+                        .filter(|(_, held)| held.mode != Mode::S)
+                        .map(|(range, held)| (slot, held.grant, resource, range)),
+                );
             }
         }
         found
@@ -888,7 +995,14 @@ impl LockServer {
 
     pub fn waiters(&self, resource: Resource) -> Vec<WaiterView> {
         let waiters = self.entries.get(&resource).into_iter().flat_map(|entry| &entry.waiters);
-        waiters.map(|waiter| WaiterView { request: waiter.request, mode: waiter.mode, need: waiter.need, since: waiter.since.0 }).collect()
+        waiters
+            .map(|waiter| WaiterView {
+                request: waiter.request,
+                mode: waiter.mode,
+                need: waiter.need,
+                since: waiter.since.0,
+            })
+            .collect()
     }
 
     /// Resources with a grant or a waiter.
@@ -905,7 +1019,9 @@ impl Entry {
     fn grantable(&self, class: Class, index: usize) -> bool {
         let waiter = &self.waiters[index];
         let mode = self.effective(class, waiter.slot(), waiter.mode, waiter.need);
-        !self.behind_earlier(index, mode) && !self.own_in_motion(waiter.slot(), waiter.need) && self.conflicts(waiter.slot(), mode, waiter.need).is_empty()
+        !self.behind_earlier(index, mode)
+            && !self.own_in_motion(waiter.slot(), waiter.need)
+            && self.conflicts(waiter.slot(), mode, waiter.need).is_empty()
     }
 
     fn still_handing(&self, slot: Slot, to: GrantId) -> bool {

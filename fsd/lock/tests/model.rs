@@ -43,9 +43,16 @@ impl Model for Scenario {
     }
     fn properties(&self) -> Vec<Property<Self>> {
         vec![
-            Property::always("all that is seen is true and every lock is exclusive", |_, state: &World| state.violation.is_none()),
+            Property::always("all that is seen is true and every lock is exclusive", |_, state: &World| {
+                state.violation.is_none()
+            }),
             Property::always("no final state with a waiter", |_, state: &World| {
-                state.violation.is_some() || state.at_rest() || state.steps().iter().any(|step| !matches!(step, Step::Kill(_) | Step::Trim(_) | Step::Cancel(..)))
+                state.violation.is_some()
+                    || state.at_rest()
+                    || state
+                        .steps()
+                        .iter()
+                        .any(|step| !matches!(step, Step::Kill(_) | Step::Trim(_) | Step::Cancel(..)))
             }),
             Property::sometimes("all is done", |_, state: &World| state.at_rest()),
         ]
@@ -75,7 +82,9 @@ fn explore(start: World, states: usize) -> Result<(usize, bool), String> {
 fn check(name: &str, start: World) {
     let begun = Instant::now();
     match explore(start, limit()) {
-        Ok((states, all)) => eprintln!("{name}: {} {states} states in {:.1?}", if all { "all" } else { "first" }, begun.elapsed()),
+        Ok((states, all)) => {
+            eprintln!("{name}: {} {states} states in {:.1?}", if all { "all" } else { "first" }, begun.elapsed())
+        }
         Err(wrong) => panic!("{name}: {wrong}"),
     }
 }
@@ -110,77 +119,101 @@ fn options() -> Options {
 
 #[test]
 fn two_writers_and_a_reader() {
-    let start = World::new(3, options()).script(0, vec![read(0, 1)]).script(1, vec![write(0, 1)]).script(2, vec![write(0, 1)]);
+    let start =
+        World::new(3, options()).script(0, vec![read(0, 1)]).script(1, vec![write(0, 1)]).script(2, vec![write(0, 1)]);
     check("two writers and a reader", start);
 }
 
 #[test]
 fn two_upgraders() {
-    let start = World::new(2, Options { hand_over: false, ..options() }).script(0, vec![read(0, 1), write(0, 1)]).script(1, vec![read(0, 1), write(0, 1)]);
+    let start = World::new(2, Options { hand_over: false, ..options() })
+        .script(0, vec![read(0, 1), write(0, 1)])
+        .script(1, vec![read(0, 1), write(0, 1)]);
     check("two upgraders", start);
 }
 
 #[test]
 fn growth_and_partial_revoke() {
-    let start = World::new(2, Options { generous: true, hand_over: false, ..options() }).script(0, vec![write(0, 1), write(2, 3)]).script(1, vec![write(3, 4), read(0, 1)]);
+    let start = World::new(2, Options { generous: true, hand_over: false, ..options() })
+        .script(0, vec![write(0, 1), write(2, 3)])
+        .script(1, vec![write(3, 4), read(0, 1)]);
     check("growth and partial revoke", start);
 }
 
 #[test]
 fn hand_over_by_all_means() {
     let options = Options { may_write_back: true, may_fail_fetch: true, ..options() };
-    let start = World::new(2, options).script(0, vec![write(0, 2), write(0, 1)]).script(1, vec![write(0, 1), write(1, 2)]);
+    let start =
+        World::new(2, options).script(0, vec![write(0, 2), write(0, 1)]).script(1, vec![write(0, 1), write(1, 2)]);
     check("hand-over by all means", start);
 }
 
 #[test]
 fn hand_over_with_a_death() {
     let options = Options { kills: 1, may_fail_fetch: true, ..options() };
-    let start = World::new(3, options).script(1, vec![write(0, 1)]).script(2, vec![write(0, 1)]).script(0, vec![read(0, 1)]);
+    let start =
+        World::new(3, options).script(1, vec![write(0, 1)]).script(2, vec![write(0, 1)]).script(0, vec![read(0, 1)]);
     check("hand-over with a death", start);
 }
 
 #[test]
 fn trim_against_everything() {
-    let start = World::new(2, options()).script(0, vec![write(0, 1)]).script(1, vec![write(0, 1), read(2, 3), write(0, 1)]).trims(1, 2);
+    let start = World::new(2, options())
+        .script(0, vec![write(0, 1)])
+        .script(1, vec![write(0, 1), read(2, 3), write(0, 1)])
+        .trims(1, 2);
     check("trim against everything", start);
 }
 
 #[test]
 fn cancel_crosses_grant() {
-    let start = World::new(2, options()).script(0, vec![write(0, 1), read(0, 2)]).script(1, vec![write(0, 1).cancellable(), write(1, 2).cancellable()]);
+    let start = World::new(2, options())
+        .script(0, vec![write(0, 1), read(0, 2)])
+        .script(1, vec![write(0, 1).cancellable(), write(1, 2).cancellable()]);
     check("cancel crosses grant", start);
 }
 
 #[test]
 fn through_a_fence() {
     let through = |kind| Errand::new(vec![PinSpec::new(data(), 0, 1, kind).through_fence()]);
-    let start = World::new(2, options()).script(0, vec![write(0, 1)]).script(1, vec![write(0, 1), through(PinKind::Write), through(PinKind::Shared)]);
+    let start = World::new(2, options())
+        .script(0, vec![write(0, 1)])
+        .script(1, vec![write(0, 1), through(PinKind::Write), through(PinKind::Shared)]);
     check("through a fence", start);
 }
 
 #[test]
 fn stat_against_extenders() {
-    let start = World::new(3, options()).script(0, vec![stat()]).script(1, vec![extend(5), extend(9)]).script(2, vec![extend(7)]);
+    let start = World::new(3, options())
+        .script(0, vec![stat()])
+        .script(1, vec![extend(5), extend(9)])
+        .script(2, vec![extend(7)]);
     check("stat against extenders", start);
 }
 
 #[test]
 fn stat_against_truncate() {
-    let start = World::new(3, options()).script(0, vec![stat(), stat()]).script(1, vec![extend(5), truncate(2)]).script(2, vec![extend(7)]);
+    let start = World::new(3, options())
+        .script(0, vec![stat(), stat()])
+        .script(1, vec![extend(5), truncate(2)])
+        .script(2, vec![extend(7)]);
     check("stat against truncate", start);
 }
 
 #[test]
 fn a_release_and_the_request_after_it() {
-    let start = World::new(2, options()).script(0, vec![stat()]).script(1, vec![extend(5), extend(9), truncate(3)]).trims(1, 2);
+    let start =
+        World::new(2, options()).script(0, vec![stat()]).script(1, vec![extend(5), extend(9), truncate(3)]).trims(1, 2);
     check("a release and the request after it", start);
 }
 
 #[test]
 fn append_against_truncate() {
-    let append = || Errand::new(vec![PinSpec::attr(attr(), PinKind::Write, 8), PinSpec::new(data(), 0, 1, PinKind::Write)]);
-    let cut = || Errand::new(vec![PinSpec::attr(attr(), PinKind::Exclusive, 0), PinSpec::new(data(), 0, 2, PinKind::Exclusive)]);
+    let append =
+        || Errand::new(vec![PinSpec::attr(attr(), PinKind::Write, 8), PinSpec::new(data(), 0, 1, PinKind::Write)]);
+    let cut = || {
+        Errand::new(vec![PinSpec::attr(attr(), PinKind::Exclusive, 0), PinSpec::new(data(), 0, 2, PinKind::Exclusive)])
+    };
     let start = World::new(2, options()).script(0, vec![append()]).script(1, vec![cut(), append()]);
     check("append against truncate", start);
 }
@@ -190,34 +223,47 @@ fn open_joins_and_last_unlink_tries() {
     let opened = || Errand::new(vec![PinSpec::new(open(), 0, 1, PinKind::Shared)]);
     let unlink = Errand::new(vec![PinSpec::new(open(), 0, 1, PinKind::Exclusive).trying()]);
     let reap = Errand::new(vec![PinSpec::new(open(), 0, 1, PinKind::Exclusive)]);
-    let start = World::new(3, options()).script(0, vec![unlink, reap]).script(1, vec![opened(), opened()]).script(2, vec![opened()]);
+    let start = World::new(3, options())
+        .script(0, vec![unlink, reap])
+        .script(1, vec![opened(), opened()])
+        .script(2, vec![opened()]);
     check("open joins and last unlink tries", start);
 }
 
 #[test]
 fn pages_go_on_from_hand_to_hand() {
     let options = Options { may_write_back: true, ..options() };
-    let start = World::new(3, options).script(0, vec![write(0, 1), read(0, 1)]).script(1, vec![write(0, 2)]).script(2, vec![write(0, 1)]);
+    let start = World::new(3, options)
+        .script(0, vec![write(0, 1), read(0, 1)])
+        .script(1, vec![write(0, 2)])
+        .script(2, vec![write(0, 1)]);
     check("pages go on from hand to hand", start);
 }
 
 #[test]
 fn deaths_on_both_ends_of_a_hand_over() {
     let options = Options { kills: 2, may_write_back: true, may_fail_fetch: true, parallel: 1, ..options() };
-    let start = World::new(4, options).script(1, vec![write(0, 1)]).script(2, vec![write(0, 1)]).script(3, vec![write(0, 1)]);
+    let start =
+        World::new(4, options).script(1, vec![write(0, 1)]).script(2, vec![write(0, 1)]).script(3, vec![write(0, 1)]);
     check("deaths on both ends of a hand-over", start);
 }
 
 #[test]
 fn stat_with_a_death() {
-    let start = World::new(3, Options { kills: 1, ..options() }).script(0, vec![stat(), extend(4)]).script(1, vec![extend(5), stat()]).script(2, vec![extend(7)]);
+    let start = World::new(3, Options { kills: 1, ..options() })
+        .script(0, vec![stat(), extend(4)])
+        .script(1, vec![extend(5), stat()])
+        .script(2, vec![extend(7)]);
     check("stat with a death", start);
 }
 
 #[test]
 fn generous_holders_that_ask_again() {
     let options = Options { generous: true, hand_over: false, ..options() };
-    let start = World::new(2, options).script(0, vec![read(0, 1), write(2, 3), read(1, 2)]).script(1, vec![write(0, 1), write(2, 3)]).trims(0, 1);
+    let start = World::new(2, options)
+        .script(0, vec![read(0, 1), write(2, 3), read(1, 2)])
+        .script(1, vec![write(0, 1), write(2, 3)])
+        .trims(0, 1);
     check("generous holders that ask again", start);
 }
 
@@ -251,11 +297,38 @@ fn mutations_are_noticed() {
     };
     let world = || World::new(2, options());
     let writers = || world().script(0, vec![write(0, 1)]).script(1, vec![write(0, 1), write(0, 1), read(0, 1)]);
-    noticed("grant_before_release", Mutations { grant_before_release: true, ..Mutations::default() }, World::new(2, Options { hand_over: false, ..options() }).script(0, vec![write(0, 1)]).script(1, vec![write(0, 1)]));
+    noticed(
+        "grant_before_release",
+        Mutations { grant_before_release: true, ..Mutations::default() },
+        World::new(2, Options { hand_over: false, ..options() })
+            .script(0, vec![write(0, 1)])
+            .script(1, vec![write(0, 1)]),
+    );
     noticed("skip_fetch", Mutations { skip_fetch: true, ..Mutations::default() }, writers());
     noticed("skip_drain", Mutations { skip_drain: true, ..Mutations::default() }, writers());
-    noticed("unclamped_growth", Mutations { unclamped_growth: true, ..Mutations::default() }, World::new(2, Options { hand_over: false, ..options() }).script(0, vec![write(0, 1)]).script(1, vec![write(3, 4)]));
-    noticed("skip_freeze", Mutations { skip_freeze: true, ..Mutations::default() }, World::new(3, options()).script(0, vec![stat()]).script(1, vec![extend(5), extend(9)]).script(2, vec![extend(7)]));
-    noticed("skip_glimpse", Mutations { skip_glimpse: true, ..Mutations::default() }, World::new(3, options()).script(0, vec![stat()]).script(1, vec![extend(5)]).script(2, vec![extend(7)]));
-    noticed("ignore_release_order", Mutations { ignore_release_order: true, ..Mutations::default() }, world().script(0, vec![stat()]).script(1, vec![extend(5), extend(9)]).trims(1, 1));
+    noticed(
+        "unclamped_growth",
+        Mutations { unclamped_growth: true, ..Mutations::default() },
+        World::new(2, Options { hand_over: false, ..options() })
+            .script(0, vec![write(0, 1)])
+            .script(1, vec![write(3, 4)]),
+    );
+    noticed(
+        "skip_freeze",
+        Mutations { skip_freeze: true, ..Mutations::default() },
+        World::new(3, options())
+            .script(0, vec![stat()])
+            .script(1, vec![extend(5), extend(9)])
+            .script(2, vec![extend(7)]),
+    );
+    noticed(
+        "skip_glimpse",
+        Mutations { skip_glimpse: true, ..Mutations::default() },
+        World::new(3, options()).script(0, vec![stat()]).script(1, vec![extend(5)]).script(2, vec![extend(7)]),
+    );
+    noticed(
+        "ignore_release_order",
+        Mutations { ignore_release_order: true, ..Mutations::default() },
+        world().script(0, vec![stat()]).script(1, vec![extend(5), extend(9)]).trims(1, 1),
+    );
 }

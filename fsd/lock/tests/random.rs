@@ -47,7 +47,10 @@ fn operation(random: &mut Random, nodes: u64, step: u64, deaths: bool) -> Errand
         3..=5 => vec![PinSpec::new(data, lo, hi, PinKind::Write)],
         6 => vec![PinSpec::new(data, lo, hi, PinKind::Exclusive)],
         7 => vec![PinSpec::new(data, lo, hi, if random.one_in(2) { PinKind::Shared } else { PinKind::Write }).exact()],
-        8 => vec![PinSpec::new(data, lo, lo + 1, if random.one_in(2) { PinKind::Shared } else { PinKind::Write }).through_fence()],
+        8 => vec![
+            PinSpec::new(data, lo, lo + 1, if random.one_in(2) { PinKind::Shared } else { PinKind::Write })
+                .through_fence(),
+        ],
         9 => vec![PinSpec::attr(attr, PinKind::Extend, size), PinSpec::new(data, lo, hi, PinKind::Write)],
         10 => vec![PinSpec::attr(attr, PinKind::Exclusive, size), PinSpec::new(data, lo, PAGES, PinKind::Exclusive)],
         11 | 12 => vec![PinSpec::stat(attr)],
@@ -55,9 +58,19 @@ fn operation(random: &mut Random, nodes: u64, step: u64, deaths: bool) -> Errand
         14 => vec![PinSpec::attr(attr, PinKind::Write, size), PinSpec::new(data, lo, hi, PinKind::Write)],
         15 => {
             let name = Resource::name(other);
-            vec![PinSpec::new(name, lo, if random.one_in(4) { PAGES } else { lo + 1 }, if random.one_in(2) { PinKind::Shared } else { PinKind::Write })]
+            vec![PinSpec::new(
+                name,
+                lo,
+                if random.one_in(4) { PAGES } else { lo + 1 },
+                if random.one_in(2) { PinKind::Shared } else { PinKind::Write },
+            )]
         }
-        16 => vec![PinSpec::new(Resource::open(other), 0, 1, if random.one_in(4) { PinKind::Exclusive } else { PinKind::Shared })],
+        16 => vec![PinSpec::new(
+            Resource::open(other),
+            0,
+            1,
+            if random.one_in(4) { PinKind::Exclusive } else { PinKind::Shared },
+        )],
         _ => {
             let pin = PinSpec::new(data, lo, hi, PinKind::Write);
             vec![pin.trying()]
@@ -134,7 +147,10 @@ fn run(seed: u64, steps: u64, mutations: Mutations) -> Result<World, String> {
         return Err(wrong);
     }
     if !world.at_rest() {
-        return Err(format!("invariant 5: nothing can happen and somebody waits: {:#?}", world.nodes.iter().flat_map(|node| node.client.waiting()).collect::<Vec<_>>()));
+        return Err(format!(
+            "invariant 5: nothing can happen and somebody waits: {:#?}",
+            world.nodes.iter().flat_map(|node| node.client.waiting()).collect::<Vec<_>>()
+        ));
     }
     Ok(world)
 }
@@ -143,7 +159,9 @@ fn one_step(world: &mut World, random: &mut Random) -> bool {
     let mut steps = world.steps();
     steps.retain(|step| match step {
         Step::Cancel(..) => random.one_in(10),
-        Step::Tick(slot) => world.nodes[*slot as usize].client.next_due().is_some_and(|due| due <= world.now) || world.queues.is_empty(),
+        Step::Tick(slot) => {
+            world.nodes[*slot as usize].client.next_due().is_some_and(|due| due <= world.now) || world.queues.is_empty()
+        }
         _ => true,
     });
     if steps.is_empty() {
@@ -200,7 +218,9 @@ fn every_caller_is_served_and_sees_the_truth() {
             Err(_) => panic!("VERBFS_LOCK_SEED={seed} VERBFS_LOCK_STEPS={steps}: a machine panicked, see above"),
         }
     }
-    eprintln!("{finished} operations, {hand_overs} hand-overs, {rounds} glimpses, {back} hand-backs, {resweeps} resweeps, {early} early requests");
+    eprintln!(
+        "{finished} operations, {hand_overs} hand-overs, {rounds} glimpses, {back} hand-backs, {resweeps} resweeps, {early} early requests"
+    );
     if seeds.count() > 20 {
         assert!(hand_overs > 0 && rounds > 0 && back > 0 && resweeps > 0 && early > 0, "the rare paths are taken");
     }

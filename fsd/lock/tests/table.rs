@@ -2,7 +2,9 @@
 
 use verbfs_lock::*;
 use verbfs_protocol::lock::{LockFlags, Successor};
-use verbfs_protocol::{GrantId, Ino, LockMessage, LockMessage as M, Mode, Mode::*, Node, Range, RequestId, Resource, Slot};
+use verbfs_protocol::{
+    GrantId, Ino, LockMessage, LockMessage as M, Mode, Mode::*, Node, Range, RequestId, Resource, Slot,
+};
 
 const A: Slot = 1;
 const B: Slot = 2;
@@ -82,8 +84,12 @@ use Gist::*;
 fn gist(sent: Sent) -> Vec<Gist> {
     sent.into_iter()
         .map(|(to, message)| match message {
-            M::Grant { grant, range, mode, from, .. } => Grant(to, grant.sequence, mode, range, from.map(|from| from.grant.sequence)),
-            M::Revoke { grant, need, keep, successor, .. } => Revoke(to, grant.sequence, need, keep, successor.map(|successor| successor.grant.sequence)),
+            M::Grant { grant, range, mode, from, .. } => {
+                Grant(to, grant.sequence, mode, range, from.map(|from| from.grant.sequence))
+            }
+            M::Revoke { grant, need, keep, successor, .. } => {
+                Revoke(to, grant.sequence, need, keep, successor.map(|successor| successor.grant.sequence))
+            }
             M::Deny { errno, .. } => Deny(to, errno),
             M::Observed { .. } => Other(to, "observed"),
             M::Glimpse { .. } => Other(to, "glimpse"),
@@ -106,11 +112,17 @@ fn free_range_is_granted_as_wanted() {
 fn growth_stops_at_grants_and_waiters_of_others() {
     let mut server = Server::new();
     server.lock(A, X, 0, 2);
-    assert_eq!(gist(server.ask(B, data(), X, range(10, 11), Range::ALL, LockFlags::default())), [Grant(B, 2, X, range(2, u64::MAX), None)]);
+    assert_eq!(
+        gist(server.ask(B, data(), X, range(10, 11), Range::ALL, LockFlags::default())),
+        [Grant(B, 2, X, range(2, u64::MAX), None)]
+    );
     // C waits for what B holds; A grows no further than C's need.
     assert_eq!(gist(server.lock(C, X, 5, 6)), [Revoke(B, 2, range(5, 6), None, None)]);
     server.release(B, data(), 2, range(2, 100), None);
-    assert_eq!(gist(server.ask(A, data(), S, range(20, 21), Range::ALL, LockFlags::default())), [Grant(A, 4, S, range(6, 100), None)]);
+    assert_eq!(
+        gist(server.ask(A, data(), S, range(20, 21), Range::ALL, LockFlags::default())),
+        [Grant(A, 4, S, range(6, 100), None)]
+    );
 }
 
 #[test]
@@ -122,11 +134,17 @@ fn no_growth_means_none() {
 
 #[test]
 fn conflicts_cap_growth_until_calm() {
-    let mut server = Server::with(ServerOptions { hand_over: false, conflict_granule: 16, calm_after: 2, ..ServerOptions::default() });
+    let mut server = Server::with(ServerOptions {
+        hand_over: false,
+        conflict_granule: 16,
+        calm_after: 2,
+        ..ServerOptions::default()
+    });
     server.ask(A, data(), X, range(0, 1), Range::ALL, LockFlags::default());
     server.lock(B, X, 100, 101);
     server.release(A, data(), 1, range(50, u64::MAX), None);
-    let want = |server: &mut Server, lo| gist(server.ask(B, data(), X, range(lo, lo + 1), Range::ALL, LockFlags::default()));
+    let want =
+        |server: &mut Server, lo| gist(server.ask(B, data(), X, range(lo, lo + 1), Range::ALL, LockFlags::default()));
     assert_eq!(want(&mut server, 200), [Grant(B, 3, X, range(192, 208), None)]);
     want(&mut server, 300);
     assert_eq!(want(&mut server, 400), [Grant(B, 5, X, range(50, u64::MAX), None)]);
@@ -137,7 +155,10 @@ fn a_conflict_revokes_all_holders_at_once() {
     let mut server = Server::new();
     server.lock(A, S, 0, 4);
     server.lock(B, S, 2, 8);
-    assert_eq!(gist(server.lock(C, X, 3, 6)), [Revoke(A, 1, range(3, 4), None, None), Revoke(B, 2, range(3, 6), None, None)]);
+    assert_eq!(
+        gist(server.lock(C, X, 3, 6)),
+        [Revoke(A, 1, range(3, 4), None, None), Revoke(B, 2, range(3, 6), None, None)]
+    );
     assert_eq!(gist(server.release(B, data(), 2, range(2, 8), None)), []);
     assert_eq!(gist(server.release(A, data(), 1, range(3, 4), None)), [Grant(C, 3, X, range(3, 6), None)]);
     assert_eq!(server.server.holders(data()).len(), 2, "A keeps [0, 3)");
@@ -176,7 +197,14 @@ fn more_conflicts_revoke_more() {
     assert_eq!(gist(server.lock(C, X, 4, 6)), [Revoke(A, 1, range(4, 6), None, None)]);
     // A second writer behind the reader has to wait for the reader's grant.
     assert_eq!(gist(server.lock(C, X, 0, 1)), []);
-    assert_eq!(gist(server.release(A, data(), 1, range(0, 2), Some(S))), [Grant(B, 2, S, range(0, 2), None), Revoke(A, 1, range(0, 1), None, None), Revoke(B, 2, range(0, 1), None, None)]);
+    assert_eq!(
+        gist(server.release(A, data(), 1, range(0, 2), Some(S))),
+        [
+            Grant(B, 2, S, range(0, 2), None),
+            Revoke(A, 1, range(0, 1), None, None),
+            Revoke(B, 2, range(0, 1), None, None)
+        ]
+    );
 }
 
 #[test]
@@ -186,7 +214,10 @@ fn waiters_are_served_in_order() {
     server.lock(B, X, 0, 1);
     // C's reader does not pass B's writer, though it goes with A.
     assert_eq!(gist(server.lock(C, S, 0, 1)), []);
-    assert_eq!(gist(server.release(A, data(), 1, range(0, 1), None)), [Grant(B, 2, X, range(0, 1), None), Revoke(B, 2, range(0, 1), Some(S), None)]);
+    assert_eq!(
+        gist(server.release(A, data(), 1, range(0, 1), None)),
+        [Grant(B, 2, X, range(0, 1), None), Revoke(B, 2, range(0, 1), Some(S), None)]
+    );
 }
 
 #[test]
@@ -242,9 +273,21 @@ fn a_request_waits_for_the_release_sent_before_it() {
     let mut server = Server::new();
     server.attr(A, E);
     let request = RequestId { node: node(A), sequence: 50 };
-    let early = M::Lock { request, resource: attr(), mode: S, need: Range::UNIT, want: Range::UNIT, flags: LockFlags::default(), upgrade: None, after_releases: 1 };
+    let early = M::Lock {
+        request,
+        resource: attr(),
+        mode: S,
+        need: Range::UNIT,
+        want: Range::UNIT,
+        flags: LockFlags::default(),
+        upgrade: None,
+        after_releases: 1,
+    };
     assert_eq!(gist(server.say(A, early)), []);
-    assert_eq!(gist(server.say(A, M::Cancel { request: RequestId { node: node(A), sequence: 51 }, resource: attr() })), []);
+    assert_eq!(
+        gist(server.say(A, M::Cancel { request: RequestId { node: node(A), sequence: 51 }, resource: attr() })),
+        []
+    );
     assert_eq!(gist(server.release(A, attr(), 1, Range::UNIT, None)), [Grant(A, 2, S, Range::UNIT, None)]);
 }
 
@@ -306,7 +349,10 @@ fn stat_glimpses_all_extenders_and_takes_nothing() {
     assert_eq!(gist(server.attr(4, E)), []);
     assert_eq!(glimpsed(&mut server, A, 1, 1), []);
     assert_eq!(glimpsed(&mut server, A, 1, 1), []);
-    assert_eq!(glimpsed(&mut server, B, 2, 1), [Other(C, "observed"), Other(A, "thaw"), Other(B, "thaw"), Grant(4, 3, E, Range::UNIT, None)]);
+    assert_eq!(
+        glimpsed(&mut server, B, 2, 1),
+        [Other(C, "observed"), Other(A, "thaw"), Other(B, "thaw"), Grant(4, 3, E, Range::UNIT, None)]
+    );
 }
 
 #[test]
@@ -315,7 +361,10 @@ fn one_round_answers_all_that_came_before_its_end() {
     server.stat(C);
     glimpsed(&mut server, A, 1, 1);
     assert_eq!(gist(server.stat(4)), []);
-    assert_eq!(glimpsed(&mut server, B, 2, 1), [Other(C, "observed"), Other(4, "observed"), Other(A, "thaw"), Other(B, "thaw")]);
+    assert_eq!(
+        glimpsed(&mut server, B, 2, 1),
+        [Other(C, "observed"), Other(4, "observed"), Other(A, "thaw"), Other(B, "thaw")]
+    );
 }
 
 #[test]
@@ -401,7 +450,10 @@ fn a_conflict_with_an_incoming_grant_revokes_it_at_once_or_hands_it_on() {
     let mut server = handing();
     assert_eq!(gist(server.lock(C, X, 2, 3)), []);
     let sent = gist(server.say(B, M::Taken { grant: gid(2), resource: data() }));
-    assert_eq!(sent, [Other(A, "done"), Revoke(B, 2, range(2, 3), None, Some(3)), Grant(C, 3, X, range(2, 3), Some(2))]);
+    assert_eq!(
+        sent,
+        [Other(A, "done"), Revoke(B, 2, range(2, 3), None, Some(3)), Grant(C, 3, X, range(2, 3), Some(2))]
+    );
 }
 
 #[test]
@@ -409,7 +461,10 @@ fn the_old_holder_waits_behind_its_own_hand_over() {
     let mut server = handing();
     assert_eq!(gist(server.lock(A, X, 2, 3)), []);
     let sent = gist(server.say(B, M::Taken { grant: gid(2), resource: data() }));
-    assert_eq!(sent, [Other(A, "done"), Revoke(B, 2, range(2, 3), None, Some(3)), Grant(A, 3, X, range(2, 3), Some(2))]);
+    assert_eq!(
+        sent,
+        [Other(A, "done"), Revoke(B, 2, range(2, 3), None, Some(3)), Grant(A, 3, X, range(2, 3), Some(2))]
+    );
 }
 
 #[test]
@@ -422,7 +477,16 @@ fn a_dead_node_is_not_heard_and_its_next_life_is() {
     let reborn = Node { slot: A, incarnation: 2 };
     let request = RequestId { node: reborn, sequence: 1 };
     let mut effects = Vec::new();
-    let message = M::Lock { request, resource: data(), mode: X, need: range(5, 6), want: range(5, 6), flags: LockFlags::default(), upgrade: None, after_releases: 0 };
+    let message = M::Lock {
+        request,
+        resource: data(),
+        mode: X,
+        need: range(5, 6),
+        want: range(5, 6),
+        flags: LockFlags::default(),
+        upgrade: None,
+        after_releases: 0,
+    };
     server.server.handle(reborn, message, 0, &mut effects);
     assert_eq!(effects.len(), 1);
 }
@@ -457,7 +521,13 @@ impl Client {
         self.pin_as(request)
     }
     fn pin_attr(&mut self, kind: PinKind, one_shot: bool) -> (PinToken, bool, Vec<ClientEffect>) {
-        let request = PinRequest { resource: attr(), range: Range::UNIT, want: Range::UNIT, one_shot, ..self.request(kind, 0, 1) };
+        let request = PinRequest {
+            resource: attr(),
+            range: Range::UNIT,
+            want: Range::UNIT,
+            one_shot,
+            ..self.request(kind, 0, 1)
+        };
         self.pin_as(request)
     }
     fn unpin(&mut self, token: PinToken) -> Vec<ClientEffect> {
@@ -471,9 +541,16 @@ impl Client {
         effects
     }
     /// Answers the LOCK among `effects` with a grant of what it needs, or of `granted`.
-    fn grant(&mut self, effects: &[ClientEffect], granted: Option<Range>, from: Option<Successor>) -> Vec<ClientEffect> {
+    fn grant(
+        &mut self,
+        effects: &[ClientEffect],
+        granted: Option<Range>,
+        from: Option<Successor>,
+    ) -> Vec<ClientEffect> {
         let Some((request, resource, mode, need)) = effects.iter().find_map(|effect| match effect {
-            ClientEffect::Send { message: M::Lock { request, resource, mode, need, .. }, .. } => Some((*request, *resource, *mode, *need)),
+            ClientEffect::Send { message: M::Lock { request, resource, mode, need, .. }, .. } => {
+                Some((*request, *resource, *mode, *need))
+            }
             _ => None,
         }) else {
             panic!("no LOCK in {effects:?}")
@@ -500,7 +577,15 @@ impl Client {
 }
 
 fn revoke(sequence: u64, lo: u64, hi: u64, keep: Option<Mode>, successor: Option<Successor>) -> LockMessage {
-    M::Revoke { grant: gid(sequence), resource: data(), revoke_sequence: 1, need: range(lo, hi), want: range(lo, hi), keep, successor }
+    M::Revoke {
+        grant: gid(sequence),
+        resource: data(),
+        revoke_sequence: 1,
+        need: range(lo, hi),
+        want: range(lo, hi),
+        keep,
+        successor,
+    }
 }
 fn fence(effects: &[ClientEffect]) -> Option<FenceId> {
     effects.iter().find_map(|effect| match effect {
@@ -509,10 +594,19 @@ fn fence(effects: &[ClientEffect]) -> Option<FenceId> {
     })
 }
 fn pinned(effects: &[ClientEffect]) -> Vec<PinToken> {
-    effects.iter().filter_map(|effect| if let ClientEffect::Pinned { token } = effect { Some(*token) } else { None }).collect()
+    effects
+        .iter()
+        .filter_map(|effect| if let ClientEffect::Pinned { token } = effect { Some(*token) } else { None })
+        .collect()
 }
 fn released(effects: &[ClientEffect]) -> Vec<(Range, Option<Mode>)> {
-    let release = |effect: &ClientEffect| if let ClientEffect::Send { message: M::Release { range, keep, .. }, .. } = effect { Some((*range, *keep)) } else { None };
+    let release = |effect: &ClientEffect| {
+        if let ClientEffect::Send { message: M::Release { range, keep, .. }, .. } = effect {
+            Some((*range, *keep))
+        } else {
+            None
+        }
+    };
     effects.iter().filter_map(release).collect()
 }
 fn asks(effects: &[ClientEffect]) -> usize {
@@ -608,8 +702,14 @@ fn a_downgrade_keeps_shared() {
 fn unknown_grants_are_answered() {
     let mut client = Client::new();
     assert_eq!(released(&client.revoke(9, 0, 4, None)), [(range(0, 4), None)]);
-    assert!(sends(&client.hear(M::Glimpse { grant: gid(9), resource: attr(), round: 4 }), |message| matches!(message, M::Glimpsed { round: 4, .. })));
-    assert_eq!(released(&client.hear(M::HandBack { grant: gid(9), resource: data(), range: range(0, 1) })), [(range(0, 1), None)]);
+    assert!(sends(&client.hear(M::Glimpse { grant: gid(9), resource: attr(), round: 4 }), |message| matches!(
+        message,
+        M::Glimpsed { round: 4, .. }
+    )));
+    assert_eq!(
+        released(&client.hear(M::HandBack { grant: gid(9), resource: data(), range: range(0, 1) })),
+        [(range(0, 1), None)]
+    );
     assert!(client.hear(M::Done { grant: gid(9), resource: data(), range: range(0, 1) }).is_empty());
     assert!(client.hear(M::Thaw { grant: gid(9), resource: attr(), round: 4 }).is_empty());
 }
@@ -812,7 +912,11 @@ fn a_one_shot_pin_is_answered_without_a_lock() {
     let (token, _, asked) = client.pin_attr(PinKind::Shared, true);
     let ClientEffect::Send { message: M::Lock { request, flags, .. }, .. } = &asked[0] else { panic!() };
     assert!(flags.one_shot);
-    assert_eq!(asks(&client.pin_attr(PinKind::Shared, true).2), 1, "an answer to another may be older than this one's beginning");
+    assert_eq!(
+        asks(&client.pin_attr(PinKind::Shared, true).2),
+        1,
+        "an answer to another may be older than this one's beginning"
+    );
     assert_eq!(client.hear(M::Observed { request: *request }), [ClientEffect::Observed { token }]);
 }
 
@@ -820,11 +924,24 @@ fn a_one_shot_pin_is_answered_without_a_lock() {
 fn open_pins_join_those_inside() {
     let mut client = Client::new();
     let open = Resource::open(Ino::new(0, 5));
-    let request = |client: &mut Client| PinRequest { resource: open, range: Range::UNIT, want: Range::UNIT, ..client.request(PinKind::Shared, 0, 1) };
+    let request = |client: &mut Client| PinRequest {
+        resource: open,
+        range: Range::UNIT,
+        want: Range::UNIT,
+        ..client.request(PinKind::Shared, 0, 1)
+    };
     let first = request(&mut client);
     let (first, _, asked) = client.pin_as(first);
     client.grant(&asked, None, None);
-    client.hear(M::Revoke { grant: gid(1), resource: open, revoke_sequence: 1, need: Range::UNIT, want: Range::UNIT, keep: None, successor: None });
+    client.hear(M::Revoke {
+        grant: gid(1),
+        resource: open,
+        revoke_sequence: 1,
+        need: Range::UNIT,
+        want: Range::UNIT,
+        keep: None,
+        successor: None,
+    });
     let second = request(&mut client);
     let (second, now, _) = client.pin_as(second);
     assert!(now);
@@ -882,7 +999,12 @@ fn trim_gives_up_the_least_recently_used() {
     assert_eq!(client.client.len(), 4);
     let mut effects = Vec::new();
     client.client.trim(2, &mut effects);
-    let given: Vec<u64> = effects.iter().filter_map(|effect| if let ClientEffect::Vacate { resource, .. } = effect { Some(resource.ino.sequence()) } else { None }).collect();
+    let given: Vec<u64> = effects
+        .iter()
+        .filter_map(|effect| {
+            if let ClientEffect::Vacate { resource, .. } = effect { Some(resource.ino.sequence()) } else { None }
+        })
+        .collect();
     assert_eq!(given, [10, 11]);
     // The fences count as given up already.
     let mut effects = Vec::new();

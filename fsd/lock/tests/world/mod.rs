@@ -46,7 +46,17 @@ impl PinSpec {
             Class::Data | Class::Name => Range::ALL,
             _ => Range::UNIT,
         };
-        PinSpec { resource, range: Range::new(lo, hi), want, kind, through_fence: false, no_growth: false, r#try: false, one_shot: false, size: 0 }
+        PinSpec {
+            resource,
+            range: Range::new(lo, hi),
+            want,
+            kind,
+            through_fence: false,
+            no_growth: false,
+            r#try: false,
+            one_shot: false,
+            size: 0,
+        }
     }
     pub fn attr(resource: Resource, kind: PinKind, size: u64) -> PinSpec {
         PinSpec { size, ..PinSpec::new(resource, 0, 1, kind) }
@@ -80,7 +90,14 @@ pub struct Errand {
 impl Errand {
     pub fn new(pins: Vec<PinSpec>) -> Errand {
         debug_assert!(pins.is_sorted_by_key(|pin| pin.resource), "pins go in locking order");
-        Errand { pins, cancellable: false, tokens: Vec::new(), holding: false, truths: BTreeSet::new(), since: Ignored(0) }
+        Errand {
+            pins,
+            cancellable: false,
+            tokens: Vec::new(),
+            holding: false,
+            truths: BTreeSet::new(),
+            since: Ignored(0),
+        }
     }
     pub fn cancellable(self) -> Errand {
         Errand { cancellable: true, ..self }
@@ -200,8 +217,12 @@ impl World {
             Self::fresh_node(node, &options)
         };
         let server = |slot: usize| {
-            let server_options =
-                ServerOptions { hand_over: options.hand_over, conflict_granule: options.conflict_granule.max(1), mutations: options.mutations, ..ServerOptions::default() };
+            let server_options = ServerOptions {
+                hand_over: options.hand_over,
+                conflict_granule: options.conflict_granule.max(1),
+                mutations: options.mutations,
+                ..ServerOptions::default()
+            };
             LockServer::new(slot as Slot, 1, server_options)
         };
         World {
@@ -226,7 +247,10 @@ impl World {
         NodeState {
             alive: true,
             node,
-            client: LockClient::new(node, ClientOptions { minimum_hold: options.minimum_hold, mutations: options.mutations }),
+            client: LockClient::new(
+                node,
+                ClientOptions { minimum_hold: options.minimum_hold, mutations: options.mutations },
+            ),
             cache: BTreeMap::new(),
             sizes: BTreeMap::new(),
             transits: BTreeMap::new(),
@@ -311,8 +335,9 @@ impl World {
 
     /// Everything asked for has been done.
     pub fn at_rest(&self) -> bool {
-        self.nodes.iter().all(|node| !node.alive || (node.running.is_empty() && node.script.is_empty() && node.client.waiting().next().is_none()))
-            && self.servers.iter().all(|server| server.resources().all(|resource| server.waiters(resource).is_empty()))
+        self.nodes.iter().all(|node| {
+            !node.alive || (node.running.is_empty() && node.script.is_empty() && node.client.waiting().next().is_none())
+        }) && self.servers.iter().all(|server| server.resources().all(|resource| server.waiters(resource).is_empty()))
     }
 
     pub fn apply(&mut self, step: &Step) {
@@ -427,7 +452,10 @@ impl World {
     fn look(&mut self, slot: Slot, pin: &PinSpec) {
         let held = self.nodes[slot as usize].client.held(pin.resource, pin.range);
         if !held.is_some_and(|held| held.covers(pin.kind.mode())) {
-            self.violate(format!("invariant 1: node {slot} uses {} {} as {:?} but holds {held:?}", pin.resource, pin.range, pin.kind));
+            self.violate(format!(
+                "invariant 1: node {slot} uses {} {} as {:?} but holds {held:?}",
+                pin.resource, pin.range, pin.kind
+            ));
         }
         if pin.resource.class == Class::Attr {
             let mine = self.nodes[slot as usize].sizes.get(&pin.resource).copied().unwrap_or(0);
@@ -443,7 +471,10 @@ impl World {
             let latest = self.latest.get(&key).copied().unwrap_or(0);
             let &mut (seen, _) = self.node(slot).cache.entry(key).or_insert((stored, false));
             if seen != latest {
-                self.violate(format!("node {slot} sees version {seen} of page {page} of {}, the latest is {latest}", pin.resource));
+                self.violate(format!(
+                    "node {slot} sees version {seen} of page {page} of {}, the latest is {latest}",
+                    pin.resource
+                ));
             }
         }
     }
@@ -457,12 +488,17 @@ impl World {
             }
             self.look(slot, pin);
             let excluded = |other: &PinSpec| {
-                (pin.kind == PinKind::Exclusive || other.kind == PinKind::Exclusive) && pin.resource == other.resource && pin.range.overlaps(other.range)
+                (pin.kind == PinKind::Exclusive || other.kind == PinKind::Exclusive)
+                    && pin.resource == other.resource
+                    && pin.range.overlaps(other.range)
             };
-            let beside = self.nodes[slot as usize]
-                .running
-                .values()
-                .any(|other| other.tokens.iter().zip(&other.pins).any(|(&token, pin)| excluded(pin) && self.nodes[slot as usize].client.is_pinned(token)));
+            let beside = self.nodes[slot as usize].running.values().any(|other| {
+                other
+                    .tokens
+                    .iter()
+                    .zip(&other.pins)
+                    .any(|(&token, pin)| excluded(pin) && self.nodes[slot as usize].client.is_pinned(token))
+            });
             if beside {
                 self.violate(format!("an exclusive pin of node {slot} on {} does not run alone", pin.resource));
             }
@@ -475,7 +511,11 @@ impl World {
                 let size = *size;
                 let mine = self.node(slot).sizes.entry(pin.resource).or_default();
                 *mine = if pin.kind == PinKind::Extend { pin.size.max(*mine) } else { pin.size };
-                for (other, pin) in self.nodes.iter_mut().flat_map(|node| node.running.values_mut()).filter_map(|other| other.pins.get(other.tokens.len().checked_sub(1)?).cloned().map(|pin| (other, pin))) {
+                for (other, pin) in
+                    self.nodes.iter_mut().flat_map(|node| node.running.values_mut()).filter_map(|other| {
+                        other.pins.get(other.tokens.len().checked_sub(1)?).cloned().map(|pin| (other, pin))
+                    })
+                {
                     if pin.one_shot {
                         other.truths.insert(size);
                     }
@@ -513,7 +553,12 @@ impl World {
             server.handle(self.nodes[slot as usize].node, taken, self.now, &mut effects);
             self.server_effects(work.resource.server, effects);
         }
-        let pages: Vec<u64> = self.node(slot).cache.range((work.resource, work.range.lo)..(work.resource, work.range.hi)).map(|(&(_, page), _)| page).collect();
+        let pages: Vec<u64> = self
+            .node(slot)
+            .cache
+            .range((work.resource, work.range.lo)..(work.resource, work.range.hi))
+            .map(|(&(_, page), _)| page)
+            .collect();
         for page in pages {
             let key = (work.resource, page);
             let (version, dirty) = self.node(slot).cache[&key];
@@ -552,17 +597,25 @@ impl World {
         }
         if hand_over {
             let successor = work.successor.expect("a successor");
-            let pages: Pages = self.nodes[slot as usize].cache.range(range).map(|(&(_, page), &(version, dirty))| (page, version, dirty)).collect();
+            let pages: Pages = self.nodes[slot as usize]
+                .cache
+                .range(range)
+                .map(|(&(_, page), &(version, dirty))| (page, version, dirty))
+                .collect();
             for &(page, _, _) in &pages {
                 self.node(slot).cache.remove(&(work.resource, page));
             }
             self.node(slot).transits.insert((work.grant, work.range.lo), (work.resource, pages));
             self.send(slot, successor.slot, Lane::Io, Wire::HandOver { grant: successor.grant });
         } else {
-            let left: Vec<_> = self.nodes[slot as usize].cache.range(range).map(|(&key, &value)| (key, value)).collect();
+            let left: Vec<_> =
+                self.nodes[slot as usize].cache.range(range).map(|(&key, &value)| (key, value)).collect();
             for ((_, page), (_, dirty)) in left {
                 if dirty || work.keep.is_none() {
-                    self.violate(format!("invariant 3: node {slot} gives up page {page} of {} that is still cached", work.resource));
+                    self.violate(format!(
+                        "invariant 3: node {slot} gives up page {page} of {} that is still cached",
+                        work.resource
+                    ));
                 }
             }
         }
@@ -604,7 +657,9 @@ impl World {
                 ClientEffect::Send { to, message } => {
                     let carried = match &message {
                         LockMessage::Release { .. } => report.take(),
-                        LockMessage::Glimpsed { resource, .. } if self.nodes[slot as usize].client.held(*resource, Range::UNIT) == Some(Mode::E) => {
+                        LockMessage::Glimpsed { resource, .. }
+                            if self.nodes[slot as usize].client.held(*resource, Range::UNIT) == Some(Mode::E) =>
+                        {
                             Some(Report::AtLeast(self.nodes[slot as usize].sizes[resource]))
                         }
                         _ => None,
@@ -638,7 +693,10 @@ impl World {
                     if let Some((id, pin)) = self.by_token(slot, token) {
                         let operation = self.node(slot).running.remove(&id).expect("running");
                         if !operation.truths.contains(&size) {
-                            self.violate(format!("node {slot} observes size {size} of {}, true were {:?}", pin.resource, operation.truths));
+                            self.violate(format!(
+                                "node {slot} observes size {size} of {}, true were {:?}",
+                                pin.resource, operation.truths
+                            ));
                         }
                         self.finished += 1;
                         self.unpin_all(slot, operation);
@@ -646,13 +704,20 @@ impl World {
                 }
                 ClientEffect::Vacate { fence, resource, range, held, grant, keep, successor } => {
                     // Handed back: the pages are this node's again.
-                    let back: Vec<(GrantId, u64)> = self.nodes[slot as usize].transits.keys().filter(|&&(other, lo)| other == grant && range.contains(Range::new(lo, lo + 1))).copied().collect();
+                    let back: Vec<(GrantId, u64)> = self.nodes[slot as usize]
+                        .transits
+                        .keys()
+                        .filter(|&&(other, lo)| other == grant && range.contains(Range::new(lo, lo + 1)))
+                        .copied()
+                        .collect();
                     for key in back {
                         for (page, version, dirty) in self.node(slot).transits.remove(&key).expect("just seen").1 {
                             self.node(slot).cache.insert((resource, page), (version, dirty));
                         }
                     }
-                    self.node(slot).fences.insert(fence, FenceWork { resource, range, held, grant, keep, successor, swept: false });
+                    self.node(slot)
+                        .fences
+                        .insert(fence, FenceWork { resource, range, held, grant, keep, successor, swept: false });
                 }
                 ClientEffect::Acquired { resource, grant, .. } => {
                     self.node(slot).awaiting.remove(&grant);
@@ -674,7 +739,8 @@ impl World {
                     node.fences.retain(|_, work| work.grant != grant);
                     node.awaiting.remove(&grant);
                     node.transits.remove(&(grant, range.lo));
-                    node.cache.retain(|&(other, page), _| other != resource || !range.contains(Range::new(page, page + 1)));
+                    node.cache
+                        .retain(|&(other, page), _| other != resource || !range.contains(Range::new(page, page + 1)));
                     if resource.class == Class::Attr {
                         node.sizes.remove(&resource);
                     }
@@ -700,10 +766,14 @@ impl World {
         };
         if is_for_server(&message) {
             let sender = self.nodes[from as usize].node;
-            if let LockMessage::Release { resource, grant, .. } | LockMessage::Glimpsed { resource, grant, .. } = &message
+            if let LockMessage::Release { resource, grant, .. } | LockMessage::Glimpsed { resource, grant, .. } =
+                &message
                 && let Some(report) = report
             {
-                let known = self.servers[to as usize].holders(*resource).iter().any(|holder| holder.grant == *grant && holder.slot == from);
+                let known = self.servers[to as usize]
+                    .holders(*resource)
+                    .iter()
+                    .any(|holder| holder.grant == *grant && holder.slot == from);
                 if !known && matches!(message, LockMessage::Release { .. }) {
                     self.violate(format!("what node {from} reports of {resource} comes too late"));
                 }
@@ -741,10 +811,15 @@ impl World {
                 LockMessage::Observed { request } => self.asked.get(request).copied(),
                 _ => None,
             };
-            if let LockMessage::Grant { request, .. } | LockMessage::Observed { request } | LockMessage::Deny { request, .. } = &message {
+            if let LockMessage::Grant { request, .. }
+            | LockMessage::Observed { request }
+            | LockMessage::Deny { request, .. } = &message
+            {
                 self.asked.remove(request);
             }
-            let report = resource.filter(|resource| resource.class == Class::Attr).map(|resource| Report::Exactly(self.home_sizes.get(&resource).copied().unwrap_or(0)));
+            let report = resource
+                .filter(|resource| resource.class == Class::Attr)
+                .map(|resource| Report::Exactly(self.home_sizes.get(&resource).copied().unwrap_or(0)));
             self.send(slot, to, message.lane(), Wire::Lock(message, report));
         }
     }
@@ -786,7 +861,13 @@ impl World {
             });
         }
         self.queues.retain(|_, queue| !queue.is_empty());
-        self.latest = self.latest.iter().map(|(&key, &version)| (key, if key.0.server == slot { self.storage.get(&key).copied().unwrap_or(0) } else { version })).collect();
+        self.latest = self
+            .latest
+            .iter()
+            .map(|(&key, &version)| {
+                (key, if key.0.server == slot { self.storage.get(&key).copied().unwrap_or(0) } else { version })
+            })
+            .collect();
         let sizes: Vec<Resource> = self.true_sizes.keys().filter(|resource| resource.server == slot).copied().collect();
         for resource in sizes {
             let size = self.home_sizes.get(&resource).copied().unwrap_or(0);
@@ -818,16 +899,25 @@ impl World {
             let at = Range::new(page, page + 1);
             let key = (resource, page);
             let holders = self.servers[resource.server as usize].holders(resource);
-            let here = |handing: bool| holders.iter().find(|holder| holder.mode == Mode::X && holder.range.overlaps(at) && holder.handing == handing);
+            let here = |handing: bool| {
+                holders
+                    .iter()
+                    .find(|holder| holder.mode == Mode::X && holder.range.overlaps(at) && holder.handing == handing)
+            };
             let stored = self.storage.get(&key).copied().unwrap_or(0);
             // A copy in transit counts only under the grant the server knows: others wait to be dropped.
             let fetched = |holder: &HolderView| {
                 let node = &self.nodes[holder.slot as usize];
-                let held = node.client.grants().any(|view| view.resource == resource && view.range.overlaps(at) && !view.incoming && !view.in_transit);
+                let held = node.client.grants().any(|view| {
+                    view.resource == resource && view.range.overlaps(at) && !view.incoming && !view.in_transit
+                });
                 held.then(|| node.cache.get(&key).map(|&(version, _)| version)).flatten()
             };
             let in_transit = |holder: &HolderView| {
-                let kept = self.nodes[holder.slot as usize].transits.iter().filter(|((grant, _), (other, _))| (*grant, *other) == (holder.grant, resource));
+                let kept = self.nodes[holder.slot as usize]
+                    .transits
+                    .iter()
+                    .filter(|((grant, _), (other, _))| (*grant, *other) == (holder.grant, resource));
                 kept.flat_map(|(_, (_, pages))| pages).find(|entry| entry.0 == page).map(|entry| entry.1)
             };
             let candidates = [here(false), here(true)];
@@ -867,9 +957,17 @@ impl World {
         for (index, a) in self.nodes.iter().enumerate() {
             for held in a.client.grants().filter(|held| !held.incoming && !held.in_transit) {
                 for b in &self.nodes[index + 1..] {
-                    for other in b.client.grants().filter(|other| !other.incoming && !other.in_transit && other.resource == held.resource && other.range.overlaps(held.range)) {
+                    for other in b.client.grants().filter(|other| {
+                        !other.incoming
+                            && !other.in_transit
+                            && other.resource == held.resource
+                            && other.range.overlaps(held.range)
+                    }) {
                         if !held.mode.compatible(other.mode) {
-                            wrong = Some(format!("invariant 2: {held:?} of {} beside {other:?} of {}", a.node.slot, b.node.slot));
+                            wrong = Some(format!(
+                                "invariant 2: {held:?} of {} beside {other:?} of {}",
+                                a.node.slot, b.node.slot
+                            ));
                         }
                     }
                 }
@@ -887,7 +985,9 @@ impl World {
             for held in node.client.grants().filter(|held| !held.in_transit) {
                 let holders = self.servers[held.resource.server as usize].holders(held.resource);
                 let mut at = held.range.lo;
-                for holder in holders.iter().filter(|holder| holder.slot == node.node.slot && holder.range.overlaps(held.range)) {
+                for holder in
+                    holders.iter().filter(|holder| holder.slot == node.node.slot && holder.range.overlaps(held.range))
+                {
                     if holder.range.lo > at || !holder.mode.covers(held.mode) {
                         break;
                     }
