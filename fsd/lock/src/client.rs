@@ -437,7 +437,7 @@ impl Local {
 pub struct LockClient {
     node: Node,
     options: ClientOptions,
-    locals: BTreeMap<Resource, Local>,
+    locals: BTreeMap<Resource, Box<Local>>,
     tokens: BTreeMap<PinToken, Resource>,
     fences: BTreeMap<FenceId, Resource>,
     /// Requests that are out, by sequence: their answers do not all name the resource.

@@ -315,7 +315,7 @@ pub struct LockServer {
     slot: Slot,
     incarnation: u32,
     options: ServerOptions,
-    entries: BTreeMap<Resource, Entry>,
+    entries: BTreeMap<Resource, Box<Entry>>,
     peers: BTreeMap<Slot, Peer>,
     /// Inodes whose pages go home rather than to a successor, and how many asked for that.
     hand_over_paused: BTreeMap<Ino, u32>,
@@ -529,7 +529,7 @@ impl LockServer {
     }
 
     fn drop_if_unused(&mut self, resource: Resource) {
-        if self.entries.get(&resource).is_some_and(Entry::is_unused) {
+        if self.entries.get(&resource).is_some_and(|entry| entry.is_unused()) {
             self.entries.remove(&resource);
         }
     }
