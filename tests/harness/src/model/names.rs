@@ -15,6 +15,10 @@
 //! - `link(A, B)`: look up A (absent: ENOENT); look up B (present: EEXIST); then the operation on *the inode looked up*, which
 //!   needs a name still (else ENOENT) and B absent (else EEXIST).
 //!
+//! `open(O_CREAT)` without O_EXCL takes effect at one instant as well. A server that is asked to create where a directory or
+//! symbolic link has appeared since the look-up must say EISDIR, or ESTALE, on which the kernel starts anew; EEXIST would
+//! reach the caller and is rejected here.
+//!
 //! `readdir` gives no snapshot: each name is judged by itself. A name that exists all the time must be listed, one that
 //! is absent all the time must not. The history is split into one observer for each name before it comes here.
 //!

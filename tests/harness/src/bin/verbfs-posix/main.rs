@@ -97,7 +97,7 @@ fn run(check: &Check, arguments: &Arguments, mounts: &Mounts) -> Outcome {
         let (status, text) = match result {
             Ok(()) => (0, String::new()),
             Err(error) if error.is::<Skip>() => (77, format!("{error:#}")),
-            Err(error) => (1, format!("{error:#}")),
+            Err(error) => (1, support::describe(&error)),
         };
         let _ = std::fs::File::from(writer).write_all(text.as_bytes());
         status
@@ -139,6 +139,9 @@ fn run(check: &Check, arguments: &Arguments, mounts: &Mounts) -> Outcome {
 }
 
 fn main() -> ExitCode {
+    // A failure names its line: `anyhow` takes a backtrace where an error first appears, if asked to.
+    // SAFETY: no other thread exists yet (nor later: checks fork).
+    unsafe { std::env::set_var("RUST_LIB_BACKTRACE", "1") };
     let arguments = Arguments::parse();
     let all: Vec<&Check> =
         [attributes::CHECKS, names::CHECKS, data::CHECKS, locks::CHECKS].into_iter().flatten().collect();

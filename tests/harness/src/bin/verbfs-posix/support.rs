@@ -108,12 +108,45 @@ impl Number for std::io::Error {
     }
 }
 
+/// The failure in words, with the line of the check it comes from (from the backtrace that `anyhow` took, see `main`).
+pub fn describe(error: &anyhow::Error) -> String {
+    let trace = error.backtrace().to_string();
+    let place = trace
+        .lines()
+        .filter_map(|line| line.trim().strip_prefix("at "))
+        .filter_map(|at| at.split_once("verbfs-posix/").map(|(_, place)| place))
+        .find(|place| !place.starts_with("support.rs") && !place.starts_with("main.rs"));
+    match place {
+        // The text of a process of the check already ends with its own place.
+        Some(place) if !error.is::<FromTask>() => format!("{error:#} [{place}]"),
+        _ => format!("{error:#}"),
+    }
+}
+
+/// The failure of another process of the check, told by it.
+#[derive(Debug)]
+struct FromTask(String);
+
+impl std::fmt::Display for FromTask {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl std::error::Error for FromTask {}
+
+fn name_of(number: i32) -> String {
+    format!("{:?}", nix::errno::Errno::from_raw(number))
+}
+
 /// The call must fail with one of `allowed`.
 pub fn fails_with<T, E: Number>(result: std::result::Result<T, E>, allowed: &[Errno], what: &str) -> Result<()> {
+    let names: Vec<String> = allowed.iter().map(|a| name_of(a.raw_os_error())).collect();
+    let names = names.join(" or ");
     match result {
-        Ok(_) => bail!("{what} succeeded, expected {allowed:?}"),
+        Ok(_) => bail!("{what} succeeded, expected {names}"),
         Err(e) if allowed.iter().any(|a| a.raw_os_error() == e.number()) => Ok(()),
-        Err(e) => bail!("{what} failed with {:?}, expected {allowed:?}", Errno::from_raw_os_error(e.number())),
+        Err(e) => bail!("{what} failed with {}, expected {names}", name_of(e.number())),
     }
 }
 
@@ -134,7 +167,8 @@ impl Task {
             Ok(()) => 0,
             Err(error) => {
                 let skipped = error.is::<Skip>();
-                let _ = File::from(writer).write_all(format!("{error:#}").as_bytes());
+                let text = if skipped { format!("{error:#}") } else { describe(&error) };
+                let _ = File::from(writer).write_all(text.as_bytes());
                 if skipped { 77 } else { 1 }
             }
         })?;
@@ -155,7 +189,7 @@ impl Task {
                 rustix::fs::fcntl_setfl(&self.output, rustix::fs::OFlags::NONBLOCK)?;
                 let n = File::from(self.output).read(&mut bytes).unwrap_or(0);
                 let text = String::from_utf8_lossy(&bytes[..n]).into_owned();
-                if status == 77 { skip(text) } else { bail!("{text}") }
+                if status == 77 { skip(text) } else { Err(FromTask(text).into()) }
             }
             ChildEnd::Killed(signal) => bail!("a process of the check was ended by signal {signal}"),
             ChildEnd::Running => bail!("a process of the check still runs after {TASK_LIMIT:?}"),
