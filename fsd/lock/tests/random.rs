@@ -109,6 +109,12 @@ fn run(seed: u64, steps: u64, mutations: Mutations) -> Result<World, String> {
             world.restart_server(slot);
             down = Some(slot);
         }
+        if random.one_in(300) {
+            // As a SYNC does.
+            world.servers[0].pause_hand_over(Ino::new(0, 7));
+        } else if random.one_in(200) {
+            world.servers[0].resume_hand_over(Ino::new(0, 7));
+        }
         let node = &world.nodes[slot as usize];
         if !node.alive {
             if random.one_in(50) {

@@ -457,6 +457,24 @@ fn a_conflict_with_an_incoming_grant_revokes_it_at_once_or_hands_it_on() {
 }
 
 #[test]
+fn a_paused_hand_over_is_a_plain_revoke() {
+    let mut server = handing();
+    server.lock(C, X, 2, 3);
+    server.server.pause_hand_over(Ino::new(0, 5));
+    server.server.pause_hand_over(Ino::new(0, 5));
+    server.server.resume_hand_over(Ino::new(0, 5));
+    // What had begun goes on; what waited for it gets its pages from storage.
+    let sent = gist(server.say(B, M::Taken { grant: gid(2), resource: data() }));
+    assert_eq!(sent, [Other(A, "done"), Revoke(B, 2, range(2, 3), None, None)]);
+    assert_eq!(gist(server.release(B, data(), 2, range(2, 3), None)), [Grant(C, 3, X, range(2, 3), None)]);
+    server.server.resume_hand_over(Ino::new(0, 5));
+    assert_eq!(
+        gist(server.lock(B, X, 2, 3)),
+        [Revoke(C, 3, range(2, 3), None, Some(4)), Grant(B, 4, X, range(2, 3), Some(3))]
+    );
+}
+
+#[test]
 fn the_old_holder_waits_behind_its_own_hand_over() {
     let mut server = handing();
     assert_eq!(gist(server.lock(A, X, 2, 3)), []);
