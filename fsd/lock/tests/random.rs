@@ -236,7 +236,7 @@ fn every_caller_is_served_and_sees_the_truth() {
 fn noticed(mutations: Mutations) -> bool {
     let hook = std::panic::take_hook();
     std::panic::set_hook(Box::new(|_| {}));
-    let noticed = (0..60).any(|seed| !matches!(std::panic::catch_unwind(|| run(seed, 4_000, mutations)), Ok(Ok(_))));
+    let noticed = (0..600).any(|seed| !matches!(std::panic::catch_unwind(|| run(seed, 4_000, mutations)), Ok(Ok(_))));
     std::panic::set_hook(hook);
     noticed
 }
