@@ -140,16 +140,17 @@ impl Volume {
 
     /// GRANT of ATTR brought these.
     pub(crate) fn adopt_attributes(&self, ino: Ino, attributes: Option<Attributes>, home_time: Option<Time>) {
-        // While this node holds E or X nobody makes the file smaller, so what it knew of the size still bounds it.
+        // What is held already bounds the size: under X this node knows it better, under S and E nobody made the file smaller.
         let held = self.lock_client.borrow().held(Resource::attr(ino), Range::UNIT);
         let mut states = self.attributes.borrow_mut();
         let state = states.entry(ino).or_default();
-        let floor = match (held, &state.base) {
-            (Some(Mode::E | Mode::X), Some(base)) => base.size,
-            _ => 0,
-        };
+        let known = state.base.as_ref().map(|base| base.size);
         state.base = attributes.map(|mut attributes| {
-            attributes.size = attributes.size.max(floor);
+            attributes.size = match (held, known) {
+                (Some(Mode::X), Some(size)) => size,
+                (Some(_), Some(size)) => attributes.size.max(size),
+                _ => attributes.size,
+            };
             attributes
         });
         state.home_time = home_time.map(|time| (time, Instant::now()));

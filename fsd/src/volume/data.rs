@@ -346,7 +346,10 @@ impl Volume {
         if data.is_empty() {
             return Ok(0);
         }
-        self.throttle().await;
+        let written = data.len();
+        if !page_cache {
+            self.throttle().await;
+        }
         let layout = self.layout(ino).await?;
         let mut offset = offset;
         let attribute_pin = loop {
@@ -368,6 +371,16 @@ impl Volume {
         };
         if offset > FILE_MAX || data.len() as u64 > FILE_MAX - offset {
             return Err(Errno::EFBIG);
+        }
+        let mut data = data;
+        if page_cache {
+            // The kernel writes whole pages; what lies behind the end of file is not of the file.
+            let size = if attribute_pin.is_some() { self.pinned_attributes(ino).map(|attributes| attributes.size).ok() } else { None };
+            let within = size.map_or(data.len() as u64, |size| size.saturating_sub(offset));
+            data = &data[..data.len().min(within as usize)];
+            if data.is_empty() {
+                return Ok(written);
+            }
         }
         let end = offset + data.len() as u64;
         let range = pages_of(offset, data.len() as u64);
@@ -402,7 +415,7 @@ impl Volume {
             self.with_file(ino, |file| file.size_floor = file.size_floor.max(end));
         }
         self.start_write_back_if_needed();
-        Ok(data.len())
+        Ok(written)
     }
 
     fn try_copy_in(&self, ino: Ino, offset: u64, data: &[u8]) -> Copied {

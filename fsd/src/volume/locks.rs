@@ -257,9 +257,15 @@ impl Volume {
                     Class::Data => {
                         let volume = self.clone();
                         self.spawn(async move {
-                            let outcome = volume.vacate_data(resource, range, held, grant, keep, successor).await;
+                            let hand_over = volume.vacate_data(resource, range, held, grant, keep, successor).await;
                             volume.metrics.lock_revoke.record(began.elapsed());
-                            volume.finish_vacate(fence, outcome);
+                            let outcome = if hand_over.is_some() { Vacated::HandedOver } else { Vacated::WrittenBack };
+                            // Refused: somebody has been in meanwhile, or the successor is gone; the work comes again.
+                            if volume.finish_vacate(fence, outcome) {
+                                if let Some((slot, message)) = hand_over {
+                                    volume.send(slot, Message::HandOver(message));
+                                }
+                            }
                         });
                     }
                     Class::Name => {
@@ -268,19 +274,21 @@ impl Volume {
                         }
                         self.finish_vacate(fence, Vacated::WrittenBack);
                     }
-                    Class::Attr | Class::Open | Class::Rename => self.finish_vacate(fence, Vacated::WrittenBack),
+                    Class::Attr | Class::Open | Class::Rename => {
+                        self.finish_vacate(fence, Vacated::WrittenBack);
+                    }
                 }
             }
-            ClientEffect::Acquired { resource, range, grant, fresh, .. } => {
+            ClientEffect::Acquired { resource, grant, fresh, .. } => {
                 if resource.class == Class::Data {
                     for piece in &fresh {
                         self.cap_size_floor(resource.ino, piece.lo);
                     }
-                    // Storage is current: if a hand-over had been announced for this grant, it will not come.
+                    // Before its hand-over has ended: the old holder wrote back instead, storage is current, and what
+                    // is being fetched is not taken.
                     let mut hand_overs = self.hand_overs.borrow_mut();
-                    if hand_overs.fetching.get(&grant).is_some_and(|(_, expected)| *expected == range) && hand_overs.awaited.remove(&grant).is_some() {
-                        hand_overs.fetching.remove(&grant);
-                    }
+                    hand_overs.fetching.remove(&grant);
+                    hand_overs.awaited.remove(&grant);
                     drop(hand_overs);
                     self.cache_changed.notify();
                 }
@@ -315,10 +323,11 @@ impl Volume {
         }
     }
 
-    fn finish_vacate(&self, fence: verbfs_lock::FenceId, outcome: Vacated) {
+    fn finish_vacate(&self, fence: verbfs_lock::FenceId, outcome: Vacated) -> bool {
         let mut effects = Vec::new();
-        self.lock_client.borrow_mut().vacated(fence, outcome, self.ticks(), &mut effects);
+        let accepted = self.lock_client.borrow_mut().vacated(fence, outcome, self.ticks(), &mut effects);
         self.client_effects.borrow_mut().extend(effects);
+        accepted
     }
 
     /// HANDOVER from an old holder.

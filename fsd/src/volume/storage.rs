@@ -70,6 +70,7 @@ impl Volume {
                 if ranges.len() > RUNS_MAX {
                     return Err(Errno::EINVAL);
                 }
+                self.note_taken(from, ino, &ranges);
                 let change = self.store.borrow_mut().write(|txn| self.extents.borrow_mut().commit(txn, ino, &ranges)).map_err(arena_error)?;
                 self.extents.borrow_mut().apply(change).map_err(arena_error)?;
                 Ok(Reply::Done)
@@ -95,6 +96,24 @@ impl Volume {
             Request::Describe { resource } => Ok(self.describe(resource)),
             Request::DescribeFileLocks { ino } => Ok(Reply::FileLocks(self.list_file_locks(ino))),
         }
+    }
+
+    /// Who commits pages has taken them over, though its TAKEN may still be on the way: were it to die now, a hand-back
+    /// must not let the old holder write older bytes over these.
+    fn note_taken(&self, from: Node, ino: Ino, ranges: &[Range]) {
+        let resource = Resource::data(ino, self.slot());
+        let mut server = self.lock_server.borrow_mut();
+        let taken: Vec<GrantId> = server
+            .holders(resource)
+            .into_iter()
+            .filter(|view| view.incoming && view.slot == from.slot && ranges.iter().any(|range| range.overlaps(view.range)))
+            .map(|view| view.grant)
+            .collect();
+        let mut effects = Vec::new();
+        for grant in taken {
+            server.handle(from, LockMessage::Taken { grant, resource }, self.ticks(), &mut effects);
+        }
+        self.server_effects.borrow_mut().extend(effects);
     }
 
     fn allocate(&self, _from: Node, ino: Ino, range: Range, zero: bool) -> Result<Reply> {

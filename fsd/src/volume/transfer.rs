@@ -8,7 +8,6 @@ use super::data::{FileState, hulls, pieces};
 use super::*;
 use crate::cache::{Presence, SlotIndex};
 use crate::metrics::{Direction, FabricOperation};
-use verbfs_lock::Vacated;
 use verbfs_protocol::lock::Successor;
 
 /// Most pages in one batch of write-back: one COMMIT.
@@ -253,7 +252,8 @@ impl Volume {
     /// Has everything that is dirty in a range of one server written back: what was dirty at the call, once. Waits for
     /// hand-overs towards this node first: their pages are dirty data of this file too.
     pub(crate) async fn flush_range(self: &Rc<Self>, resource: Resource, range: Range) -> Result<()> {
-        while self.is_taking_over(resource, range) {
+        // Towards this node, their pages are dirty data of this file too; away from it, they are until the successor has them.
+        while self.is_taking_over(resource, range) || self.is_handing_over(resource.ino, range) {
             self.cache_changed.wait().await;
         }
         self.wait_for_write_back(resource.ino, range).await;
@@ -268,6 +268,11 @@ impl Volume {
         outcome
     }
 
+    fn is_handing_over(&self, ino: Ino, range: Range) -> bool {
+        let cache = self.cache.borrow();
+        cache.pages_in(ino, range).into_iter().any(|page| cache.slot_of(ino, page).is_some_and(|slot| cache.is_transit(slot)))
+    }
+
     /// Those pages that a server stores.
     async fn stored_at(self: &Rc<Self>, ino: Ino, server: Slot, mut pages: Vec<u64>) -> Result<Vec<u64>> {
         if pages.is_empty() {
@@ -278,8 +283,9 @@ impl Volume {
         Ok(pages)
     }
 
-    /// Does what a revoke of DATA asks: unmap, write back or hand over, drop.
-    pub(crate) async fn vacate_data(self: &Rc<Self>, resource: Resource, range: Range, held: Mode, grant: GrantId, keep: Option<Mode>, successor: Option<Successor>) -> Vacated {
+    /// Does what a revoke of DATA asks: unmap, write back, drop. Or, with a successor: keeps the pages for it, and
+    /// returns the message that tells it where they are.
+    pub(crate) async fn vacate_data(self: &Rc<Self>, resource: Resource, range: Range, held: Mode, grant: GrantId, keep: Option<Mode>, successor: Option<Successor>) -> Option<(Slot, HandOver)> {
         let ino = resource.ino;
         // 1. The kernel's pages. What it had dirty comes back as writes through the fence.
         let hull = {
@@ -313,7 +319,7 @@ impl Volume {
         f(&mut self.files.borrow_mut().entry(ino).or_default().vacating);
     }
 
-    async fn vacate_pages(self: &Rc<Self>, resource: Resource, range: Range, held: Mode, grant: GrantId, keep: Option<Mode>, successor: Option<Successor>) -> Vacated {
+    async fn vacate_pages(self: &Rc<Self>, resource: Resource, range: Range, held: Mode, grant: GrantId, keep: Option<Mode>, successor: Option<Successor>) -> Option<(Slot, HandOver)> {
         let ino = resource.ino;
         // 2. Nothing in flight.
         self.wait_for_write_back(ino, range).await;
@@ -323,7 +329,7 @@ impl Volume {
             Err(error) => {
                 tracing::error!(%resource, %range, ?error, "layout unknown while vacating; its pages are lost");
                 self.lose(resource, range, held);
-                return Vacated::WrittenBack;
+                return None;
             }
         };
         // A hand-over that was taken back: the pages are this node's again.
@@ -353,8 +359,7 @@ impl Volume {
                 self.metrics.hand_overs[Direction::Sent].increment();
                 self.metrics.hand_over_pages[Direction::Sent].add(message.pages.len() as u64);
                 self.cap_size_floor(ino, range.lo);
-                self.send(successor.slot, Message::HandOver(message));
-                return Vacated::HandedOver;
+                return Some((successor.slot, message));
             }
         }
         // 4. Home.
@@ -388,7 +393,7 @@ impl Volume {
                 self.forget_pages(resource, range);
             }
         }
-        Vacated::WrittenBack
+        None
     }
 
     /// Drops pages and layout of a range that one server stores.
@@ -482,7 +487,9 @@ impl Volume {
         self.metrics.hand_over_pages[Direction::Received].add(message.pages.len() as u64);
         self.metrics.fabric_bytes[FabricOperation::Read].add(message.pages.len() as u64 * PAGE_SIZE);
         let complete = waiting.len() == message.pages.len();
-        let ok = self.finish(waiting).await.is_ok() && complete;
+        let wanted = self.finish(waiting).await.is_ok() && complete;
+        // Storage became current meanwhile: these bytes may be older.
+        let ok = wanted && self.hand_overs.borrow().fetching.contains_key(&message.new_grant);
         let mut cache = self.cache.borrow_mut();
         for (page, dirty) in reserved {
             if ok {
@@ -537,7 +544,8 @@ impl Volume {
         }
         let volume = self.clone();
         self.spawn(async move {
-            for ino in volume.cache.borrow().dirty_files() {
+            let files = volume.cache.borrow().dirty_files();
+            for ino in files {
                 let pages: Vec<u64> = {
                     let files = volume.files.borrow();
                     let vacating = files.get(&ino).map(|file: &FileState| file.vacating.clone()).unwrap_or_default();
