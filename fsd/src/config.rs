@@ -248,7 +248,7 @@ impl Default for Cache {
 
 impl Default for Locks {
     fn default() -> Locks {
-        Locks { minimum_hold: Interval(Duration::from_millis(1)), hand_over: true }
+        Locks { minimum_hold: Interval(Duration::ZERO), hand_over: true }
     }
 }
 

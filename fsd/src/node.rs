@@ -31,6 +31,8 @@ struct Shared {
     event_fd: RawFd,
     stop: AtomicBool,
     next_tick: Mutex<Instant>,
+    /// Until when the core thread sleeps; work that is due earlier must wake it.
+    sleeping_until: Mutex<Instant>,
 }
 
 /// A way into a node's core, from any thread.
@@ -44,7 +46,7 @@ impl NodeHandle {
     pub fn new<E>(build: impl FnOnce() -> Result<Rc<Volume>, E>) -> Result<NodeHandle, E> {
         let volume = build()?;
         let event_fd = volume.transport.borrow().as_ref().map_or(-1, |transport| transport.event_fd());
-        Ok(NodeHandle { shared: Arc::new(Shared { core: Mutex::new(Core { volume }), event_fd, stop: AtomicBool::new(false), next_tick: Mutex::new(Instant::now()) }) })
+        Ok(NodeHandle { shared: Arc::new(Shared { core: Mutex::new(Core { volume }), event_fd, stop: AtomicBool::new(false), next_tick: Mutex::new(Instant::now()), sleeping_until: Mutex::new(Instant::now()) }) })
     }
 
     /// Works inside the core: `f`, then everything that is ready.
@@ -60,6 +62,13 @@ impl NodeHandle {
             }
             if volume.transport.borrow_mut().as_mut().is_none_or(|transport| transport.arm()) {
                 break;
+            }
+        }
+        if let Some(due) = volume.next_due() {
+            if due < *self.shared.sleeping_until.lock() {
+                if let Some(transport) = volume.transport.borrow().as_ref() {
+                    transport.interrupt();
+                }
             }
         }
         result
@@ -102,8 +111,10 @@ impl NodeHandle {
 
     fn work(&self) {
         while !self.shared.stop.load(Ordering::Acquire) {
-            let deadline = self.enter(|volume| {
+            self.enter(|volume| {
                 let now = Instant::now();
+                // Awake: nobody needs to wake this thread until it has looked at what is due.
+                *self.shared.sleeping_until.lock() = now;
                 let mut next_tick = self.shared.next_tick.lock();
                 if now >= *next_tick {
                     *next_tick = now + TICK;
@@ -112,8 +123,15 @@ impl NodeHandle {
                         transport.maintain();
                     }
                 }
-                volume.executor.next_deadline().map_or(*next_tick, |timer| timer.min(*next_tick))
+                volume.tick_locks_if_due();
             });
+            let deadline = {
+                let core = self.shared.core.lock();
+                let next_tick = *self.shared.next_tick.lock();
+                let deadline = core.volume.next_due().map_or(next_tick, |due| due.min(next_tick));
+                *self.shared.sleeping_until.lock() = deadline;
+                deadline
+            };
             let wait = deadline.saturating_duration_since(Instant::now());
             // Rounded up, or the last fraction of a millisecond would be spun away.
             let milliseconds = (wait.as_micros().div_ceil(1000)).min(1000) as i32;

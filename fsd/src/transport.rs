@@ -152,6 +152,10 @@ impl Transport for FabricTransport {
         self.pending.is_empty() && self.endpoint.arm()
     }
 
+    fn interrupt(&self) {
+        self.endpoint.interrupt();
+    }
+
     fn maintain(&mut self) {
         for (&slot, peer) in &mut self.peers {
             if peer.connected {

@@ -365,13 +365,17 @@ impl Local {
     }
 
     /// Whether other pins of this node let it run. `earlier`: how many of the waiting came before.
-    fn runs_beside(&self, pin: &Pin, earlier: usize, mutations: &Mutations) -> bool {
+    fn runs_beside(&self, pin: &Pin, class: Class, earlier: usize, mutations: &Mutations) -> bool {
         if mutations.skip_exclusion {
             return true;
         }
         let excluded = |other: &Pin| exclude(&pin.request, &other.request);
         !self.active.iter().any(excluded)
-            && (pin.reserved || pin.request.through_fence || !self.waiting[..earlier].iter().any(excluded))
+            && (pin.reserved
+                || pin.request.through_fence
+                // Whoever has a file open opens it again, past the last unlink that waits for its close.
+                || (class == Class::Open && !self.active.is_empty())
+                || !self.waiting[..earlier].iter().any(excluded))
     }
 
     /// Whether the answer to `request` will do for `pin`.
@@ -493,7 +497,7 @@ impl LockClient {
         self.counters.pins += 1;
         let local = self.locals.entry(resource).or_default();
         let pin = Pin { request, reserved: false, broken: false };
-        let beside = local.runs_beside(&pin, local.waiting.len(), &self.options.mutations);
+        let beside = local.runs_beside(&pin, resource.class, local.waiting.len(), &self.options.mutations);
         if beside && let Coverage::Usable = local.coverage(&pin, resource.class, &self.options.mutations) {
             self.counters.hits += 1;
             Self::enter(local, pin);
@@ -560,7 +564,7 @@ impl LockClient {
             while let Some(local) = self.locals.get_mut(&resource)
                 && let Some(pin) = local.waiting.get(index)
             {
-                if !local.runs_beside(pin, index, &mutations) {
+                if !local.runs_beside(pin, resource.class, index, &mutations) {
                     if pin.request.r#try {
                         self.fail(resource, index, EAGAIN, effects);
                     } else {

@@ -515,6 +515,14 @@ impl Volume {
             }
             return Err(error);
         }
+        // What this node has cached of the other homes' directories under the very locks it now changes them with.
+        for (_, updates) in &others {
+            for update in updates {
+                if let Update::PutEntry { directory, name, .. } | Update::DeleteEntry { directory, name } = update {
+                    self.names.borrow_mut().drop_range(*directory, name_range(name));
+                }
+            }
+        }
         for (slot, _) in &others {
             match self.call(*slot, Request::Decide { transaction, commit: true }).await? {
                 Reply::Decided(changed) => {

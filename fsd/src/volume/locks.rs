@@ -372,6 +372,23 @@ impl Volume {
         self.hand_overs.borrow().fetching.values().any(|(other, pages)| *other == resource && pages.overlaps(range))
     }
 
+    /// When a timer or a minimum hold is due, by this node's clock.
+    pub(crate) fn next_due(&self) -> Option<Instant> {
+        let hold = self.lock_client.borrow().next_due().map(|tick| self.started + Duration::from_millis(tick));
+        let timer = self.executor.next_deadline();
+        match (hold, timer) {
+            (Some(hold), Some(timer)) => Some(hold.min(timer)),
+            (hold, timer) => hold.or(timer),
+        }
+    }
+
+    pub(crate) fn tick_locks_if_due(self: &Rc<Self>) {
+        let due = self.lock_client.borrow().next_due().is_some_and(|tick| tick <= self.ticks());
+        if due {
+            self.tick_locks();
+        }
+    }
+
     /// What ticks: minimum holds, the number of grants.
     pub(crate) fn tick_locks(self: &Rc<Self>) {
         let mut effects = Vec::new();

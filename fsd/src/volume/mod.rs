@@ -56,6 +56,8 @@ pub trait Transport {
     fn event_fd(&self) -> std::os::fd::RawFd;
     /// Nobody will poll before `event_fd` is readable. `false`: there is something already.
     fn arm(&mut self) -> bool;
+    /// Makes `event_fd` readable: wakes whoever sleeps on it.
+    fn interrupt(&self);
     /// Called now and then: connects to peers that are not there, looks after the dead.
     fn maintain(&mut self);
 }
@@ -230,6 +232,12 @@ impl Volume {
     pub fn new(options: VolumeOptions, foundations: Foundations) -> Rc<Volume> {
         let server_options = verbfs_lock::ServerOptions { hand_over: options.hand_over, ..Default::default() };
         let client_options = verbfs_lock::ClientOptions { minimum_hold: options.minimum_hold, ..Default::default() };
+        // Nobody is there before its first connection: what is asked of it until then is asked when it comes.
+        let mut lock_client = LockClient::new(options.me, client_options);
+        for slot in options.members.iter().filter(|slot| **slot != options.me.slot) {
+            let mut nothing_held = Vec::new();
+            lock_client.server_lost(*slot, &mut nothing_held);
+        }
         let peers = options.members.iter().filter(|slot| **slot != options.me.slot).map(|slot| (*slot, Peer { gone_since: Some(Instant::now()), ..Peer::default() })).collect();
         Rc::new(Volume {
             executor: Executor::default(),
@@ -237,7 +245,7 @@ impl Volume {
             transport: RefCell::new(foundations.transport),
             peers: RefCell::new(peers),
             peers_changed: Rc::default(),
-            lock_client: RefCell::new(LockClient::new(options.me, client_options)),
+            lock_client: RefCell::new(lock_client),
             lock_server: RefCell::new(LockServer::new(options.me.slot, options.daemon_incarnation, server_options)),
             client_effects: RefCell::default(),
             server_effects: RefCell::default(),
