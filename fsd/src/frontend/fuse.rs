@@ -104,9 +104,9 @@ pub(super) fn configure(config: &mut KernelConfig) -> std::io::Result<()> {
     let _ = config.set_max_write(MAX_REQUEST);
     let _ = config.set_max_background(MAX_BACKGROUND);
     let _ = config.set_congestion_threshold(CONGESTION_THRESHOLD);
-    if let Err(most) = config.set_max_readahead(MAX_REQUEST) {
-        let _ = config.set_max_readahead(most);
-    }
+    // None: a request for several pages holds the locks of all of them while it waits for DATA locks one server after
+    // the other, and another node's revoke waits for those page locks.
+    let _ = config.set_max_readahead(1);
     Ok(())
 }
 

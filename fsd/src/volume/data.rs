@@ -36,8 +36,12 @@ pub(crate) struct FileState {
     pub extents: std::collections::BTreeMap<u64, Extent>,
     /// Pages whose layout is known: those without an extent are holes.
     pub known: RangeSet,
-    /// Hull of what the kernel may cache.
-    pub kernel: Option<Range>,
+    /// Pages that the kernel may cache. While the file is open for writing here, all of them are under X.
+    pub kernel: RangeSet,
+    /// Ranges whose kernel pages are being dropped, and since when.
+    pub sweeping: Vec<(Range, Instant)>,
+    /// Ranges that a write(2) of this node is about to change: the kernel gets no page of them.
+    pub writing: Vec<Range>,
     /// Ranges being vacated: background write-back leaves them alone.
     pub vacating: Vec<Range>,
     /// Data was lost; the next fsync says so.
@@ -155,6 +159,62 @@ impl Volume {
         Ok(pins)
     }
 
+    /// Pins for a page that the kernel fills with its lock held. Whoever drops the kernel's pages of a range waits for
+    /// such locks, so a fill that stands before that very fence is let through it, and the drop comes again after it.
+    /// Not at once, though: a program that touches its mapping in a loop would keep every fence open for ever.
+    async fn pin_for_kernel(self: &Rc<Self>, ino: Ino, layout: &Layout, range: Range, kind: PinKind) -> Result<Vec<Pin>> {
+        /// A drop that takes longer waits for somebody: it takes microseconds otherwise.
+        const PATIENCE: Duration = Duration::from_millis(2);
+        let blocked = || {
+            let waits = |(swept, since): &(Range, Instant)| swept.overlaps(range) && since.elapsed() >= PATIENCE;
+            self.with_file(ino, |file| file.sweeping.iter().any(waits))
+        };
+        loop {
+            let through = blocked();
+            let mut pinning = std::pin::pin!(self.pin_data(ino, layout, range, kind, through));
+            let mut patience = std::pin::pin!(self.executor.sleep(PATIENCE));
+            let outcome = std::future::poll_fn(|context| {
+                if let std::task::Poll::Ready(outcome) = pinning.as_mut().poll(context) {
+                    return std::task::Poll::Ready(Some(outcome));
+                }
+                while !through && patience.as_mut().poll(context).is_ready() {
+                    if blocked() {
+                        return std::task::Poll::Ready(None);
+                    }
+                    patience.set(self.executor.sleep(PATIENCE));
+                }
+                std::task::Poll::Pending
+            })
+            .await;
+            let Some(outcome) = outcome else { continue };
+            let pins = outcome?;
+            // A write(2) that drops what the kernel has of these pages: the same patience, the same reason.
+            let written = || self.with_file(ino, |file| file.writing.iter().any(|written| written.overlaps(range)));
+            if !written() || through || blocked() {
+                return Ok(pins);
+            }
+            drop(pins);
+            while written() && !blocked() {
+                self.executor.sleep(PATIENCE).await;
+            }
+        }
+    }
+
+    /// Before a write(2) under DATA pins: what the kernel caches of the range goes, and nothing of it comes back until
+    /// the guard is dropped. (The kernel itself drops such pages before it sends the write, and may have filled them again.)
+    async fn begin_write_beside_mappings(self: &Rc<Self>, ino: Ino, range: Range) -> Option<WritingRange> {
+        let cached = |file: &mut FileState| file.kernel.iter().any(|piece| piece.overlaps(range));
+        if !self.with_file(ino, cached) {
+            return None;
+        }
+        self.with_file(ino, |file| file.writing.push(range));
+        let guard = WritingRange { volume: self.clone(), ino, range };
+        while self.with_file(ino, cached) {
+            self.sweep_kernel(ino, range).await;
+        }
+        Some(guard)
+    }
+
     pub(crate) fn cap_size_floor(&self, ino: Ino, page: u64) {
         if self.mutated("size_floor_never_capped") {
             return;
@@ -175,7 +235,9 @@ impl Volume {
         if file.writers == 0
             && file.error.is_none()
             && file.vacating.is_empty()
-            && file.kernel.is_none()
+            && file.kernel.is_empty()
+            && file.sweeping.is_empty()
+            && file.writing.is_empty()
             && file.extents.is_empty()
             && self.cache.borrow().pages_in(ino, Range::ALL).is_empty()
             && !self.open_files.borrow().values().any(|open| open.ino == ino)
@@ -256,10 +318,19 @@ impl Volume {
         let range = pages_of(offset, size);
         // A page the kernel caches of a file open for writing may be stored to without asking: X.
         let kind = if page_cache && self.with_file(ino, |file| file.writers > 0) { PinKind::Write } else { PinKind::Shared };
-        let mut pins = self.pin_data(ino, &layout, range, kind, page_cache).await?;
+        let mut pins = if page_cache {
+            self.pin_for_kernel(ino, &layout, range, kind).await?
+        } else {
+            self.pin_data(ino, &layout, range, kind, false).await?
+        };
         let mut length = size;
         if page_cache {
-            self.with_file(ino, |file| file.kernel = Some(file.kernel.map_or(range, |hull| hull.hull(range))));
+            if kind == PinKind::Shared && self.with_file(ino, |file| file.writers > 0) {
+                // Opened for writing while this waited: what the kernel gets now must be under X.
+                drop(pins);
+                pins = self.pin_for_kernel(ino, &layout, range, PinKind::Write).await?;
+            }
+            self.with_file(ino, |file| file.kernel.insert(range));
         } else if offset + size > self.with_file(ino, |file| file.size_floor) {
             drop(pins);
             let attribute_pin = self.pin(Resource::attr(ino), Range::UNIT, Range::UNIT, PinKind::Shared).await?;
@@ -389,6 +460,7 @@ impl Volume {
         if allocated > 0 {
             self.note_write(ino, 0, allocated as i64);
         }
+        let _writing = if page_cache { None } else { self.begin_write_beside_mappings(ino, range).await };
         loop {
             match self.try_copy_in(ino, offset, data) {
                 Copied::Done => break,
@@ -737,6 +809,23 @@ impl Volume {
             Some(error) => Err(error),
             None => Ok(()),
         }
+    }
+}
+
+/// See [`FileState::writing`].
+struct WritingRange {
+    volume: Rc<Volume>,
+    ino: Ino,
+    range: Range,
+}
+
+impl Drop for WritingRange {
+    fn drop(&mut self) {
+        self.volume.with_file(self.ino, |file| {
+            if let Some(index) = file.writing.iter().position(|other| *other == self.range) {
+                file.writing.swap_remove(index);
+            }
+        });
     }
 }
 

@@ -108,6 +108,37 @@ impl Volume {
         for resource in resources {
             listed.add(resource, self.describe(resource));
         }
+        // What this node holds and wants, as its own lock client sees it.
+        let client = self.lock_client.borrow();
+        for view in client.grants() {
+            let mut state = String::from("held here");
+            for (is, word) in [
+                (view.fenced, "fenced"),
+                (view.incoming, "awaiting pages"),
+                (view.in_transit, "handed over"),
+                (view.frozen, "frozen"),
+            ] {
+                if is {
+                    state.push_str(", ");
+                    state.push_str(word);
+                }
+            }
+            if view.pins > 0 {
+                state.push_str(&format!(", {} in use", view.pins));
+            }
+            let holder = Holder { slot: self.slot(), range: view.range, mode: view.mode, state };
+            listed.locks.push(ListedLock { resource: view.resource, holder, waits: false });
+        }
+        for request in client.waiting() {
+            let mode = match request.kind {
+                verbfs_lock::PinKind::Shared => Mode::S,
+                verbfs_lock::PinKind::Extend => Mode::E,
+                verbfs_lock::PinKind::Write | verbfs_lock::PinKind::Exclusive => Mode::X,
+            };
+            let state = if request.through_fence { "wanted here by the kernel's page cache" } else { "wanted here" };
+            let holder = Holder { slot: self.slot(), range: request.range, mode, state: state.into() };
+            listed.locks.push(ListedLock { resource: request.resource, holder, waits: true });
+        }
         listed
     }
 

@@ -330,7 +330,16 @@ impl Volume {
         }
         let handle = self.number();
         if is_writable(flags) {
-            self.files.borrow_mut().entry(ino).or_default().writers += 1;
+            let first = {
+                let mut files = self.files.borrow_mut();
+                let file = files.entry(ino).or_default();
+                file.writers += 1;
+                file.writers == 1 && !file.kernel.is_empty()
+            };
+            if first {
+                // From here on a page that the kernel caches may be stored to without its asking: none may stay under S.
+                self.sweep_kernel(ino, Range::ALL).await;
+            }
         }
         self.open_files.borrow_mut().insert(handle, Rc::new(OpenFile { ino, flags, _pin: pin }));
         Ok(handle)

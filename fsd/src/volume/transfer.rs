@@ -288,20 +288,8 @@ impl Volume {
     pub(crate) async fn vacate_data(self: &Rc<Self>, resource: Resource, range: Range, held: Mode, grant: GrantId, keep: Option<Mode>, successor: Option<Successor>) -> Option<(Slot, HandOver)> {
         let ino = resource.ino;
         // 1. The kernel's pages. What it had dirty comes back as writes through the fence.
-        let hull = {
-            let mut files = self.files.borrow_mut();
-            files.get_mut(&ino).and_then(|file| {
-                let hull = file.kernel.filter(|hull| hull.overlaps(range));
-                if hull.is_some_and(|hull| range.contains(hull)) {
-                    file.kernel = None;
-                }
-                hull
-            })
-        };
-        if let Some(hull) = hull {
-            if held == Mode::X || keep.is_none() {
-                self.invalidate_kernel(ino, hull.intersect(range)).await;
-            }
+        if held == Mode::X || keep.is_none() {
+            self.sweep_kernel(ino, range).await;
         }
         self.with_vacating(ino, |vacating| vacating.push(range));
         let outcome = self.vacate_pages(resource, range, held, grant, keep, successor).await;
@@ -313,6 +301,28 @@ impl Volume {
         self.cache_changed.notify();
         self.prune_file(ino);
         outcome
+    }
+
+    /// Has the kernel drop what it may cache of a range. Pages being filled whose lock is still awaited are not among
+    /// them: they hold nothing yet, and waiting for their page locks would be waiting for this very fence.
+    pub(crate) async fn sweep_kernel(self: &Rc<Self>, ino: Ino, range: Range) {
+        let cached: Vec<Range> = {
+            let mut files = self.files.borrow_mut();
+            let Some(file) = files.get_mut(&ino) else { return };
+            let cached = file.kernel.iter().filter(|piece| piece.overlaps(range)).map(|piece| piece.intersect(range)).collect();
+            file.kernel.remove(range);
+            cached
+        };
+        for piece in cached {
+            let sweep = (piece, Instant::now());
+            self.files.borrow_mut().entry(ino).or_default().sweeping.push(sweep);
+            self.invalidate_kernel(ino, piece).await;
+            if let Some(file) = self.files.borrow_mut().get_mut(&ino) {
+                if let Some(index) = file.sweeping.iter().position(|other| *other == sweep) {
+                    file.sweeping.swap_remove(index);
+                }
+            }
+        }
     }
 
     fn with_vacating(&self, ino: Ino, f: impl FnOnce(&mut Vec<Range>)) {
