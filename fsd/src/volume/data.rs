@@ -36,6 +36,8 @@ pub(crate) struct FileState {
     pub extents: std::collections::BTreeMap<u64, Extent>,
     /// Pages whose layout is known: those without an extent are holes.
     pub known: RangeSet,
+    /// Counts how often layout was forgotten: an answer asked for before may be out of date beyond what was pinned.
+    pub layout_forgotten: u64,
     /// Pages that the kernel may cache. While the file is open for writing here, all of them are under X.
     pub kernel: RangeSet,
     /// Ranges whose kernel pages are being dropped, and since when.
@@ -60,7 +62,7 @@ impl FileState {
 
     /// Learns that of `range` exactly `extents` exist.
     pub fn learn(&mut self, range: Range, extents: &[Extent]) {
-        self.forget_layout(range);
+        self.drop_layout(range);
         for extent in extents {
             let part = Range::new(extent.page, extent.page + extent.pages).intersect(range);
             if !part.is_empty() {
@@ -71,6 +73,11 @@ impl FileState {
     }
 
     pub fn forget_layout(&mut self, range: Range) {
+        self.layout_forgotten += 1;
+        self.drop_layout(range);
+    }
+
+    fn drop_layout(&mut self, range: Range) {
         self.known.remove(range);
         let mut touching: Vec<u64> = self.extents.range(range.lo..range.hi).map(|(page, _)| *page).collect();
         if let Some((page, extent)) = self.extents.range(..range.lo).next_back() {
@@ -257,10 +264,13 @@ impl Volume {
                 Some(_) if chunk.contains(piece) => chunk,
                 _ => piece,
             };
+            let forgotten = self.with_file(ino, |file| file.layout_forgotten);
             let (extents, _) = self.request_extents(slot, Request::Layout { ino, range: asked }).await?;
             self.with_file(ino, |file| {
-                // What is known meanwhile is newer: this node may have allocated there.
-                for part in file.known.missing(asked) {
+                // What is known meanwhile is newer: this node may have allocated there. And where a lock went meanwhile,
+                // only what is pinned is still true.
+                let answered = if file.layout_forgotten == forgotten { asked } else { piece };
+                for part in file.known.missing(answered) {
                     file.learn(part, &extents);
                 }
             });
@@ -323,7 +333,7 @@ impl Volume {
         } else {
             self.pin_data(ino, &layout, range, kind, false).await?
         };
-        let mut length = size;
+        let mut up_to_end = false;
         if page_cache {
             if kind == PinKind::Shared && self.with_file(ino, |file| file.writers > 0) {
                 // Opened for writing while this waited: what the kernel gets now must be under X.
@@ -334,24 +344,31 @@ impl Volume {
         } else if offset + size > self.with_file(ino, |file| file.size_floor) {
             drop(pins);
             let attribute_pin = self.pin(Resource::attr(ino), Range::UNIT, Range::UNIT, PinKind::Shared).await?;
-            let end = self.pinned_attributes(ino)?.size;
-            if end <= offset {
+            if self.pinned_attributes(ino)?.size <= offset {
                 return Ok(Vec::new());
             }
-            length = size.min(end - offset);
-            let range = pages_of(offset, length);
             pins = self.pin_data(ino, &layout, range, kind, false).await?;
-            // ATTR was pinned throughout, locally shared with writers of this node: read the size again.
             let end = self.pinned_attributes(ino)?.size;
-            length = size.min(end.saturating_sub(offset)).min(range.hi * PAGE_SIZE - offset);
             self.with_file(ino, |file| file.size_floor = file.size_floor.max(end));
-            // The bytes are copied below while ATTR stays pinned.
             pins.push(attribute_pin);
+            up_to_end = true;
         }
-        let range = pages_of(offset, length);
-        let mut output = vec![0; length as usize];
+        let mut output = Vec::new();
         loop {
-            self.ensure_layout(ino, &layout, range).await?;
+            // ATTR S keeps other nodes from changing the size, not the writers of this one: where it counts, it is read
+            // in the same step as the bytes.
+            let length = |volume: &Volume| -> Result<u64> {
+                Ok(if up_to_end { volume.pinned_attributes(ino)?.size.saturating_sub(offset).min(size) } else { size })
+            };
+            let expected = length(self)?;
+            if expected == 0 {
+                return Ok(Vec::new());
+            }
+            self.ensure_layout(ino, &layout, pages_of(offset, expected)).await?;
+            if length(self)? != expected {
+                continue;
+            }
+            output.resize(expected as usize, 0);
             match self.try_copy_out(ino, offset, &mut output) {
                 Copied::Done => break,
                 Copied::Fetch(pages) => self.fetch_pages(ino, &layout, &pages).await?,
@@ -787,7 +804,12 @@ impl Volume {
     /// EIO when acknowledged data was lost, once per loss; ENOSPC never (space is taken before a page is dirtied).
     pub async fn fsync(self: &Rc<Self>, ino: Ino, _data_only: bool) -> Result<()> {
         let mut slots: Vec<Slot> = match self.layout(ino).await {
-            Ok(layout) => layout.slots.clone(),
+            Ok(layout) => {
+                // Slots that store no part of the file need not be there, nor be asked.
+                let attributes = self.attributes(ino).await?;
+                let chunks = attributes.size.div_ceil(layout.chunk_pages as u64 * PAGE_SIZE);
+                layout.slots.iter().copied().take(chunks.min(Layout::MAX_WIDTH as u64) as usize).collect()
+            }
             // Directories and the like have no data.
             Err(Errno::EINVAL) => Vec::new(),
             Err(error) => return Err(error),

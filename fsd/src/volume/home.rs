@@ -386,10 +386,13 @@ impl Volume {
     #[allow(clippy::too_many_arguments)]
     async fn try_rename(self: &Rc<Self>, operation: OperationId, parent: Ino, name: &[u8], new_parent: Ino, new_name: &[u8], flags: RenameFlags, lock_tree: bool) -> Result<Option<Reply>> {
         let _tree_pin = if lock_tree { Some(self.pin(Resource::rename(), Range::UNIT, Range::UNIT, PinKind::Exclusive).await?) } else { None };
-        // Both names in locking order; names with one hash share a pin.
+        // Both names in locking order. Two names of one directory are one pin over both: with a pin on the first,
+        // the second would wait behind whoever asked for a range that holds both, and that one for the first.
         let mut names: Vec<(Resource, Range)> = vec![(Resource::name(parent), name_range(name)), (Resource::name(new_parent), name_range(new_name))];
+        if parent == new_parent {
+            names = vec![(names[0].0, names[0].1.hull(names[1].1))];
+        }
         names.sort_unstable();
-        names.dedup();
         let mut name_pins = Vec::new();
         for (resource, range) in names {
             name_pins.push(self.pin(resource, range, Range::ALL, PinKind::Exclusive).await?);

@@ -155,6 +155,8 @@ impl Volume {
         self.lock_client.borrow_mut().server_back(slot, self.ticks(), &mut effects);
         self.client_effects.borrow_mut().extend(effects);
         self.peers_changed.notify();
+        // Data of files removed while it was away may lie there.
+        self.reap_orphans();
     }
 
     /// A peer's daemon is gone (and fenced: its process has ended).

@@ -354,6 +354,7 @@ fn names(mut r: Recorder) -> Result<()> {
                     },
                     Err(Errno::NOENT) => Seen::Absent,
                     Err(Errno::LOOP) => Seen::Link,
+                    Err(Errno::STALE) => Seen::Directory,
                     Err(e) => return unexpected("open", e),
                 };
                 Op::Name(NameOp::See { slot, seen, how: "open".to_owned() })
@@ -389,6 +390,7 @@ fn names(mut r: Recorder) -> Result<()> {
                     },
                     Err(Errno::NOENT) => Seen::Absent,
                     Err(Errno::INVAL) => Seen::NotLink,
+                    Err(Errno::STALE) => Seen::Directory,
                     Err(e) => return unexpected("readlink", e),
                 };
                 Op::Name(NameOp::See { slot, seen, how: "readlink".to_owned() })
@@ -446,6 +448,8 @@ fn names(mut r: Recorder) -> Result<()> {
                         _ => Seen::File(s.st_ino),
                     },
                     Err(Errno::NOENT) => Seen::Absent,
+                    // A directory moved by another mount, during a rename on this one: see `model::names`.
+                    Err(Errno::STALE) => Seen::Directory,
                     Err(e) => return unexpected("stat", e),
                 };
                 Op::Name(NameOp::See { slot, seen, how: "stat".to_owned() })

@@ -11,7 +11,8 @@
 //!   if both look-ups gave one inode, succeed without asking further; compare kinds (ENOTDIR, EISDIR); then
 //!   the operation proper, by name, which may find other inodes there than the look-ups did, and repeats all these tests.
 //!   So a rename may report ENOENT because A was absent when looked up, though it was there a moment later, and
-//!   it may do nothing, successfully, because another client renamed A to B between its two look-ups.
+//!   it may do nothing, successfully, because another client renamed A to B between its two look-ups. Where a name stands for
+//!   a directory that another mount has moved, a look-up during a rename may say ESTALE (Linux `__d_unalias`): nothing happened.
 //! - `link(A, B)`: look up A (absent: ENOENT); look up B (present: EEXIST); then the operation on *the inode looked up*, which
 //!   needs a name still (else ENOENT) and B absent (else EEXIST).
 //!
@@ -157,7 +158,12 @@ impl NameModel {
         come: &Come,
     ) -> Vec<Step<NameState, Come>> {
         let done_if = |good: bool| if good { vec![Step::Done(state.clone())] } else { vec![] };
+        // A look-up that finds a directory where this kernel does not have it may fail while another rename is under
+        // way on the same mount: the kernel would have to take that rename's lock to move its own entry.
+        let moved_directory = |slot: Slot| result == libc::ESTALE && matches!(state[slot], Some(Thing::Directory(_)));
         match come {
+            Come::Start if moved_directory(from) => done_if(true),
+            Come::Source(_) if moved_directory(to) => done_if(true),
             Come::Start => match state[from] {
                 None => done_if(result == ENOENT),
                 Some(thing) => vec![Step::More(state.clone(), Come::Source(thing))],
@@ -223,6 +229,15 @@ impl Model for NameModel {
             next[slot] = value;
             vec![Step::Done(next)]
         };
+        if let NameOp::Make { slot, result: libc::ESTALE, .. }
+        | NameOp::OpenCreate { slot, result: libc::ESTALE, .. }
+        | NameOp::Unlink { slot, result: libc::ESTALE }
+        | NameOp::Rmdir { slot, result: libc::ESTALE }
+        | NameOp::Link { to: slot, result: libc::ESTALE, .. } = op
+        {
+            // As in `rename`: the look-up of a moved directory.
+            return if matches!(state[*slot], Some(Thing::Directory(_))) { same() } else { vec![] };
+        }
         match op {
             NameOp::See { slot, seen, .. } => {
                 let right = match (state[*slot], *seen) {
