@@ -228,7 +228,8 @@ pub enum Request {
 /// What a home does for a client under its own locks.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Operation {
-    Create { parent: Ino, name: Vec<u8>, new: NewInode, exclusive: bool },
+    /// `opening`: the asker opens what it makes; the inode stays for that, whoever unlinks it meanwhile.
+    Create { parent: Ino, name: Vec<u8>, new: NewInode, exclusive: bool, opening: bool },
     MakeDirectory { parent: Ino, name: Vec<u8>, new: NewInode },
     Unlink { parent: Ino, name: Vec<u8> },
     RemoveDirectory { parent: Ino, name: Vec<u8> },

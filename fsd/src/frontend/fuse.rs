@@ -336,7 +336,7 @@ impl Filesystem for VerbfsFuse {
         let kind = or_reply!(reply, convert::kind_of_mode(mode).ok_or(Errno::EINVAL));
         let new = NewInode { kind, mode: mode & 0o7777, umask, rdev, target: Vec::new() };
         self.submit("mknod", move |volume| async move {
-            let created = volume.create(caller, parent, &entry, new, true).await;
+            let created = volume.create(caller, parent, &entry, new, true, false).await;
             reply_entry(reply, created.map(|(created, _)| created));
         });
     }
@@ -367,7 +367,7 @@ impl Filesystem for VerbfsFuse {
         }
         let new = NewInode { kind: FileKind::Symlink, mode: 0o777, umask: 0, rdev: 0, target };
         self.submit("symlink", move |volume| async move {
-            let created = volume.create(caller, parent, &entry, new, true).await;
+            let created = volume.create(caller, parent, &entry, new, true, false).await;
             reply_entry(reply, created.map(|(created, _)| created));
         });
     }
@@ -407,7 +407,7 @@ impl Filesystem for VerbfsFuse {
         let new = NewInode { kind: FileKind::Regular, mode: mode & 0o7777, umask, rdev: 0, target: Vec::new() };
         self.submit("create", move |volume| async move {
             let result = async {
-                let (mut found, created) = volume.create(caller, parent, &entry, new, flags & libc::O_EXCL != 0).await?;
+                let (mut found, created) = volume.create(caller, parent, &entry, new, flags & libc::O_EXCL != 0, true).await?;
                 if !created && !may_open_found(&found, caller, flags) {
                     return Err(volume::Errno(libc::ESTALE));
                 }

@@ -205,7 +205,7 @@ impl Volume {
             return Err(Errno::EINVAL);
         }
         match kind {
-            Operation::Create { parent, name, new, exclusive } => self.operate_create(operation, caller, parent, name, new, exclusive).await,
+            Operation::Create { parent, name, new, exclusive, opening } => self.operate_create(operation, caller, parent, name, new, exclusive, opening).await,
             Operation::MakeDirectory { parent, name, new } => self.operate_make_directory(operation, caller, parent, name, new).await,
             Operation::Unlink { parent, name } => self.operate_unlink(operation, parent, name, false).await,
             Operation::RemoveDirectory { parent, name } => self.operate_unlink(operation, parent, name, true).await,
@@ -263,7 +263,8 @@ impl Volume {
         Ok((attributes, xattrs))
     }
 
-    async fn operate_create(self: &Rc<Self>, operation: OperationId, caller: Caller, parent: Ino, name: Vec<u8>, new: NewInode, exclusive: bool) -> Result<Reply> {
+    #[allow(clippy::too_many_arguments)]
+    async fn operate_create(self: &Rc<Self>, operation: OperationId, caller: Caller, parent: Ino, name: Vec<u8>, new: NewInode, exclusive: bool, opening: bool) -> Result<Reply> {
         check_name(&name)?;
         if new.kind == FileKind::Directory || (new.kind == FileKind::Symlink && (new.target.is_empty() || new.target.len() > SYMLINK_MAX)) {
             return Err(Errno::EINVAL);
@@ -284,8 +285,40 @@ impl Volume {
             Update::PutEntry { directory: parent, name, ino: attributes.ino, kind: attributes.kind },
             Update::Touch { directory: parent, entries: 1, links: 0, time: attributes.crtime },
         ];
-        self.update(operation, updates).await?;
+        if opening {
+            self.keep_for_opening(attributes.ino, operation.node.slot);
+        }
+        if let Err(error) = self.update(operation, updates).await {
+            self.opening_asked(attributes.ino, operation.node.slot);
+            return Err(error);
+        }
         Ok(Reply::Created { attributes: Box::new(attributes), created: true })
+    }
+
+    /// The inode is about to be opened by a node whose OPEN lock is not asked for yet. Without this, an unlink
+    /// in between would have one open(O_CREAT) make the file twice: once for the unlink, once when tried again.
+    fn keep_for_opening(&self, ino: Ino, slot: Slot) {
+        if ino.home() == self.slot() {
+            *self.openings.borrow_mut().entry((ino, slot)).or_default() += 1;
+        }
+    }
+
+    /// The node's OPEN lock stands in the server's queue, or will not come.
+    pub(crate) fn opening_asked(&self, ino: Ino, slot: Slot) {
+        let mut openings = self.openings.borrow_mut();
+        if let Some(count) = openings.get_mut(&(ino, slot)) {
+            *count -= 1;
+            if *count == 0 {
+                openings.remove(&(ino, slot));
+                drop(openings);
+                self.openings_changed.notify();
+            }
+        }
+    }
+
+    pub(crate) fn forget_openings(&self, slot: Slot) {
+        self.openings.borrow_mut().retain(|(_, other), _| *other != slot);
+        self.openings_changed.notify();
     }
 
     /// Where a new directory lives: by hash, so that trees spread over the nodes.
@@ -712,6 +745,9 @@ impl Volume {
     }
 
     async fn reap(self: &Rc<Self>, ino: Ino) -> Result<()> {
+        while self.openings.borrow().keys().any(|(other, _)| *other == ino) {
+            self.openings_changed.wait().await;
+        }
         let _open_pin = self.pin(Resource::open(ino), Range::UNIT, Range::UNIT, PinKind::Exclusive).await?;
         let _pins = self.pin_attributes([ino]).await?;
         let attributes = match self.settled_attributes(ino) {

@@ -212,9 +212,16 @@ impl Volume {
                     self.apply_report(resource.ino, report);
                 }
             }
+            let opening = match &envelope.message {
+                LockMessage::Lock { resource, .. } if resource.class == Class::Open => Some(resource.ino),
+                _ => None,
+            };
             let mut effects = Vec::new();
             self.lock_server.borrow_mut().handle(from, envelope.message, now, &mut effects);
             self.server_effects.borrow_mut().extend(effects);
+            if let Some(ino) = opening {
+                self.opening_asked(ino, from.slot);
+            }
             return;
         }
         if let LockMessage::Grant { resource, .. } = &envelope.message {

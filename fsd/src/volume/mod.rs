@@ -208,6 +208,9 @@ pub struct Volume {
     pub(crate) touched: RefCell<HashMap<Ino, Time>>,
     pub(crate) prepared: RefCell<HashMap<OperationId, Vec<Update>>>,
     pub(crate) file_locks: RefCell<file_locks::FileLocks>,
+    /// Inodes that nodes are about to open, see [`Volume::create`].
+    pub(crate) openings: RefCell<HashMap<(Ino, Slot), usize>>,
+    pub(crate) openings_changed: Rc<Event>,
     pub(crate) flushing: Cell<bool>,
     pub(crate) last_write_back: Cell<u64>,
 
@@ -271,6 +274,8 @@ impl Volume {
             touched: RefCell::default(),
             prepared: RefCell::default(),
             file_locks: RefCell::default(),
+            openings: RefCell::default(),
+            openings_changed: Rc::default(),
             flushing: Cell::new(false),
             last_write_back: Cell::new(0),
             invalidations: RefCell::new(None),

@@ -113,13 +113,14 @@ impl Volume {
         self.call(home, Request::Operation { operation, acked_below: 0, caller, kind }).await
     }
 
-    /// Makes something that is not a directory. `Ok((attributes, created))`.
+    /// Makes something that is not a directory. `Ok((attributes, created))`. With `opening`, [`Volume::open`] must follow: until
+    /// its lock is asked for, the home keeps the inode.
     ///
     /// # Errors
     /// EEXIST when `exclusive` and the name is taken; ENOENT when the directory was removed; ENOSPC.
-    pub async fn create(self: &Rc<Self>, caller: Caller, parent: Ino, name: &[u8], new: NewInode, exclusive: bool) -> Result<(Attributes, bool)> {
+    pub async fn create(self: &Rc<Self>, caller: Caller, parent: Ino, name: &[u8], new: NewInode, exclusive: bool, opening: bool) -> Result<(Attributes, bool)> {
         check_name(name)?;
-        match self.operation(parent.home(), caller, Operation::Create { parent, name: name.to_vec(), new, exclusive }).await? {
+        match self.operation(parent.home(), caller, Operation::Create { parent, name: name.to_vec(), new, exclusive, opening }).await? {
             Reply::Created { attributes, created } => {
                 if attributes.layout.is_valid() {
                     self.files.borrow_mut().entry(attributes.ino).or_default().layout = Some(Rc::new(attributes.layout.clone()));

@@ -186,6 +186,7 @@ impl Volume {
         let mut client_effects = Vec::new();
         self.lock_client.borrow_mut().server_lost(slot, &mut client_effects);
         self.client_effects.borrow_mut().extend(client_effects);
+        self.forget_openings(slot);
         self.drop_hand_overs_from(slot);
         self.file_locks_of_lost_node(slot);
         self.arena_keys.borrow_mut().remove(&slot);

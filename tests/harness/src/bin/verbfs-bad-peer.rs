@@ -70,7 +70,7 @@ struct Arguments {
     /// The slot to pose as; its daemon must not run.
     #[arg(long)]
     slot: u16,
-    /// Which life of that slot's daemon to pose as; each run needs a later one.
+    /// Which life of that slot's node to pose as; each run needs a later one.
     #[arg(long)]
     life: u32,
     /// Who is attacked.
@@ -103,7 +103,7 @@ impl Peer {
     fn new(arguments: &Arguments, key: [u8; 32], cluster: &str, rng: Rng) -> Result<Peer> {
         let mut endpoint = Endpoint::new(EndpointConfig {
             slot: arguments.slot,
-            node_incarnation: 1,
+            node_incarnation: arguments.life,
             daemon_incarnation: arguments.life,
             cluster: cluster.to_string(),
             key,
@@ -117,7 +117,7 @@ impl Peer {
     }
 
     fn source(&self) -> Source {
-        Source { slot: self.slot, node_incarnation: 1, daemon_incarnation: self.life, view: 1 }
+        Source { slot: self.slot, node_incarnation: self.life, daemon_incarnation: self.life, view: 1 }
     }
 
     /// Handles what has come; `answer`: as a bad home.
@@ -148,9 +148,13 @@ impl Peer {
     /// Waits for a connection.
     fn connected(&mut self, target: u16, answer: bool) -> Result<()> {
         let began = Instant::now();
+        let mut attempted: Option<Instant> = None;
         while !self.endpoint.is_connected(target) {
             ensure!(began.elapsed() < PATIENCE, "slot {target} does not let a peer in again");
-            let _ = self.endpoint.connect(target);
+            if attempted.is_none_or(|at| at.elapsed() > Duration::from_millis(20)) {
+                attempted = Some(Instant::now());
+                let _ = self.endpoint.connect(target);
+            }
             self.poll(answer);
         }
         Ok(())
@@ -423,7 +427,7 @@ impl Peer {
         let resource = *self.rng.pick(&[Resource::attr(ino), Resource::open(ino), Resource::name(ino), Resource::data(ino, target), Resource::data(ino, 1 - target.min(1))]);
         let need = if self.rng.percent(70) { Range { lo: 0, hi: 1 } } else { Range { lo: self.number(), hi: self.number() } };
         let want = self.range(need);
-        let request = verbfs_protocol::RequestId { node: verbfs_protocol::Node { slot: self.slot, incarnation: 1 }, sequence };
+        let request = verbfs_protocol::RequestId { node: verbfs_protocol::Node { slot: self.slot, incarnation: self.life }, sequence };
         let mode = *self.rng.pick(&[Mode::S, Mode::E, Mode::X]);
         let message = LockMessage::Lock { request, resource, mode, need, want, flags: self.typed(), upgrade: None, after_releases: 0 };
         self.send(target, &Message::Lock(Envelope { message, attributes: None, home_time: None, report: None }));
