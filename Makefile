@@ -25,7 +25,7 @@ help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
 
 demo: build ## three nodes and three mounts on this machine, a source tree through them
-	@scripts/packages.sh run test
+	@scripts/packages.sh run demo
 	$(VERBFS) demo
 
 test: ## everything: build, lints, all tests, and the tests on real mounts

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The Debian 12 packages that verbfs needs, and the Rust toolchain.
 #
-#   scripts/packages.sh [build] [run] [test]    default: all three groups
+#   scripts/packages.sh [build] [run] [demo] [test]    default: all groups
 #
 # Prints what is needed, installs what is missing (as root, by apt-get).
 #   VERBFS_NO_INSTALL=1   only check, and say what is missing
@@ -18,6 +18,9 @@ build  pkg-config   finds hwloc
 build  libhwloc-dev cores and caches of this machine
 run    fuse3        fusermount3, and the fuse entry of /etc/fuse.conf
 run    procps       ps, for people who look at daemons
+demo   tar          unpacking a source tree onto a mount
+demo   gcc          compiling a source tree on a mount
+demo   make         building a source tree on a mount
 test   attr         setfattr and getfattr on mounts
 test   acl          setfacl and getfacl on mounts
 test   fio          verified random input and output
@@ -37,12 +40,12 @@ say() { printf '%s\n' "$*"; }
 complain() { printf 'packages: %s\n' "$*" >&2; }
 
 groups=("$@")
-[ ${#groups[@]} -gt 0 ] || groups=(build run test)
+[ ${#groups[@]} -gt 0 ] || groups=(build run demo test)
 for group in "${groups[@]}"; do
     case $group in
-        build | run | test) ;;
+        build | run | demo | test) ;;
         *)
-            complain "unknown group '$group'; the groups are build, run and test"
+            complain "unknown group '$group'; the groups are build, run, demo and test"
             exit 2
             ;;
     esac

@@ -8,15 +8,15 @@ use verbfs_fsd::cli::{self, Demo, Program, Start};
 use verbfs_fsd::config::{Config, LogFormat};
 use verbfs_fsd::daemon::Daemon;
 
-/// Set by SIGINT and SIGTERM.
+/// Set by SIGINT and SIGTERM, for the demonstration also by SIGHUP.
 static TERMINATED: AtomicBool = AtomicBool::new(false);
 
 extern "C" fn on_signal(_signal: libc::c_int) {
     TERMINATED.store(true, Ordering::Release);
 }
 
-fn catch_signals() {
-    for signal in [libc::SIGINT, libc::SIGTERM] {
+fn catch_signals(signals: &[libc::c_int]) {
+    for &signal in signals {
         let handler: extern "C" fn(libc::c_int) = on_signal;
         // SAFETY: the handler only stores to an atomic, which is async-signal-safe.
         unsafe { libc::signal(signal, handler as libc::sighandler_t) };
@@ -38,7 +38,7 @@ impl Program for Verbfs {
     }
 
     fn run_daemon(&self, start: &Start) -> anyhow::Result<()> {
-        catch_signals();
+        catch_signals(&[libc::SIGINT, libc::SIGTERM]);
         // A panic inside the core leaves its tables half changed: better no daemon than a wrong one.
         let default = std::panic::take_hook();
         std::panic::set_hook(Box::new(move |panic| {
@@ -62,6 +62,8 @@ impl Program for Verbfs {
     }
 
     fn demo(&self, demo: &Demo) -> anyhow::Result<()> {
+        // A terminal that is closed must leave no mounts either.
+        catch_signals(&[libc::SIGINT, libc::SIGTERM, libc::SIGHUP]);
         verbfs_fsd::demo::run(demo, &TERMINATED)
     }
 }
