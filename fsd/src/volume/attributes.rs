@@ -112,12 +112,19 @@ impl Volume {
         }
         match self.attributes(ino).await {
             Ok(attributes) => {
-                self.files.borrow_mut().entry(ino).or_default().layout.get_or_insert(Rc::new(attributes.layout));
+                if self.is_usable(&attributes.layout) {
+                    self.files.borrow_mut().entry(ino).or_default().layout.get_or_insert(Rc::new(attributes.layout));
+                }
                 Ok(true)
             }
             Err(Errno::ESTALE) => Ok(false),
             Err(error) => Err(error),
         }
+    }
+
+    /// A layout, which may come from a peer, that data can be found by.
+    pub(crate) fn is_usable(&self, layout: &Layout) -> bool {
+        layout.is_valid() && layout.slots.iter().all(|slot| self.options.members.contains(slot))
     }
 
     /// The layout of a file; it never changes while the inode lives.
@@ -130,7 +137,7 @@ impl Volume {
         } else {
             self.attributes(ino).await?
         };
-        if !attributes.layout.is_valid() {
+        if !self.is_usable(&attributes.layout) {
             return Err(Errno::EINVAL);
         }
         let layout = Rc::new(attributes.layout);

@@ -134,7 +134,10 @@ impl Volume {
         Ok(Reply::Done)
     }
 
-    pub(crate) fn serve_release_file_locks(&self, ino: Ino, space: LockSpace, owner: LockOwner) -> Result<Reply> {
+    pub(crate) fn serve_release_file_locks(&self, from: Node, ino: Ino, space: LockSpace, owner: LockOwner) -> Result<Reply> {
+        if owner.slot != from.slot {
+            return Err(Errno::EINVAL);
+        }
         let mut granted = Vec::new();
         self.file_locks.borrow_mut().table.release_owner(ino, space, owner, &mut granted);
         self.wake_granted(granted);

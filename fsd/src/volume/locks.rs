@@ -10,6 +10,9 @@ use super::*;
 use verbfs_lock::{PinKind, PinRequest, PinToken, RevokePolicy, Vacated, is_for_server};
 use verbfs_protocol::lock::Successor;
 
+/// Hand-overs that may be here before the grants that announce them. More than operations can be waiting for.
+const ARRIVED_MAX: usize = 4096;
+
 /// A range held for an operation; dropping it ends the pin.
 pub struct Pin {
     volume: Rc<Volume>,
@@ -209,7 +212,12 @@ impl Volume {
             }
             if let LockMessage::Release { resource, .. } | LockMessage::Glimpsed { resource, .. } = &envelope.message {
                 if let Some(report) = envelope.report {
-                    self.apply_report(resource.ino, report);
+                    let holds = self.lock_server.borrow().holders(*resource).iter().any(|view| view.slot == from.slot && view.mode != Mode::S);
+                    if holds && resource.class == Class::Attr {
+                        self.apply_report(resource.ino, report);
+                    } else {
+                        tracing::warn!(slot = from.slot, %resource, "attributes reported under no lock are not taken");
+                    }
                 }
             }
             let opening = match &envelope.message {
@@ -232,6 +240,7 @@ impl Volume {
                     let mut files = self.files.borrow_mut();
                     let file = files.entry(resource.ino).or_default();
                     match &envelope.attributes {
+                        Some(attributes) if !self.is_usable(&attributes.layout) => {}
                         Some(attributes) => file.layout = Some(Rc::new(attributes.layout.clone())),
                         None => file.gone = true,
                     }
@@ -310,8 +319,13 @@ impl Volume {
                     }
                     arrived
                 };
-                if let Some((slot, hand_over)) = arrived {
-                    self.take_over(slot, hand_over);
+                match arrived {
+                    Some((slot, hand_over)) if slot == from.slot && hand_over.resource == resource && hand_over.range == range => self.take_over(slot, hand_over),
+                    Some((slot, _)) => {
+                        self.hand_overs.borrow_mut().awaited.insert(grant, (resource, range, from));
+                        self.refuse(slot, "a hand-over of something else than what was granted");
+                    }
+                    None => {}
                 }
             }
             ClientEffect::Dropped { resource, range, .. } => self.drop_transit(resource, range),
@@ -353,7 +367,13 @@ impl Volume {
                 self.take_over(from, hand_over);
             }
             None => {
-                self.hand_overs.borrow_mut().arrived.insert(hand_over.new_grant, (from, hand_over));
+                let mut hand_overs = self.hand_overs.borrow_mut();
+                if hand_overs.arrived.len() >= ARRIVED_MAX {
+                    drop(hand_overs);
+                    self.refuse(from, "hand-overs that were never granted");
+                    return;
+                }
+                hand_overs.arrived.insert(hand_over.new_grant, (from, hand_over));
             }
         }
     }

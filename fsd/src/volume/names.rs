@@ -122,7 +122,7 @@ impl Volume {
         check_name(name)?;
         match self.operation(parent.home(), caller, Operation::Create { parent, name: name.to_vec(), new, exclusive, opening }).await? {
             Reply::Created { attributes, created } => {
-                if attributes.layout.is_valid() {
+                if self.is_usable(&attributes.layout) {
                     self.files.borrow_mut().entry(attributes.ino).or_default().layout = Some(Rc::new(attributes.layout.clone()));
                 }
                 Ok((*attributes, created))

@@ -46,7 +46,11 @@ impl Volume {
             }
             Request::ReadLink { ino } => {
                 let target = self.store.borrow().read(|txn| txn.symlink(ino)).map_err(store_error)?;
-                target.map(Reply::Bytes).ok_or(Errno::EINVAL)
+                match target {
+                    Some(target) => Ok(Reply::Bytes(target)),
+                    None if self.stored_attributes(ino)?.is_none() => Err(Errno::ESTALE),
+                    None => Err(Errno::EINVAL),
+                }
             }
             Request::GetXattr { ino, name } => {
                 if self.stored_attributes(ino)?.is_none() {
@@ -90,7 +94,7 @@ impl Volume {
             Request::SetFileLock { ino, space, lock, wait, token } => self.serve_set_file_lock(from, ino, space, lock, wait, token).await,
             Request::GetFileLock { ino, space, lock } => Ok(Reply::FileLock(self.file_locks.borrow().table.get(ino, space, lock))),
             Request::CancelFileLock { token, .. } => self.serve_cancel_file_lock(from, token),
-            Request::ReleaseFileLocks { ino, space, owner } => self.serve_release_file_locks(ino, space, owner),
+            Request::ReleaseFileLocks { ino, space, owner } => self.serve_release_file_locks(from, ino, space, owner),
             Request::WaitsFor { owner } => Ok(Reply::Owners(self.file_locks.borrow().table.waits_for(owner))),
             Request::Statfs => self.space().map(Reply::Space),
             Request::Describe { resource } => Ok(self.describe(resource)),
@@ -116,8 +120,17 @@ impl Volume {
         self.server_effects.borrow_mut().extend(effects);
     }
 
-    fn allocate(&self, _from: Node, ino: Ino, range: Range, zero: bool) -> Result<Reply> {
-        // One request covers at most one chunk; what is asked beyond any file is a peer's error.
+    fn allocate(&self, from: Node, ino: Ino, range: Range, zero: bool) -> Result<Reply> {
+        // One request covers at most one chunk; what is asked beyond any file, or without a lock, is a peer's error.
+        let mut held = crate::ranges::RangeSet::default();
+        for view in self.lock_server.borrow().holders(Resource::data(ino, self.slot())) {
+            if view.slot == from.slot && view.mode == Mode::X {
+                held.insert(view.range);
+            }
+        }
+        if !held.contains(range) {
+            return Err(Errno::EINVAL);
+        }
         if range.is_empty() || range.len() > crate::volume::data::PIECE_MAX / PAGE_SIZE * 64 || range.hi > u64::MAX / PAGE_SIZE {
             return Err(Errno::EINVAL);
         }

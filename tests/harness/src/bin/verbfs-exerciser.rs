@@ -154,6 +154,13 @@ struct Handles {
 }
 
 impl Handles {
+    /// The shared mapping, as a program may touch it: having asked how long the file is. A FUSE kernel bounds a mapping by
+    /// the size it last saw, and raises SIGBUS beyond, whatever another mount has appended since.
+    fn mapped(&self) -> Result<&Mapping> {
+        self.file.metadata()?;
+        self.mapping.as_ref().context("no mapping")
+    }
+
     fn open(path: &Path, map: Option<u64>, direct: bool) -> Result<Self> {
         let open = |flags: OFlags| -> std::result::Result<File, Errno> {
             Ok(File::from(fs::open(path, flags | OFlags::CLOEXEC, Mode::empty())?))
@@ -427,7 +434,7 @@ impl Exerciser {
                 if offset + len > self.model.len() as u64 {
                     return Ok(());
                 }
-                handles.mapping.as_ref().context("no mapping")?.write(offset as usize, &bytes);
+                handles.mapped()?.write(offset as usize, &bytes);
                 bytes.len()
             }
         };
@@ -469,9 +476,10 @@ impl Exerciser {
                 }
                 let mut bytes = vec![0; len as usize];
                 if way == Way::SharedMapping {
-                    handles.mapping.as_ref().context("no mapping")?.read(offset as usize, &mut bytes);
+                    handles.mapped()?.read(offset as usize, &mut bytes);
                 } else {
                     let start = offset / PAGE * PAGE;
+                    handles.file.metadata()?;
                     let mapping =
                         Mapping::new(handles.file.as_fd(), start, (offset + len - start) as usize, false, true)?;
                     mapping.read((offset - start) as usize, &mut bytes);
@@ -591,6 +599,8 @@ impl Exerciser {
             }
             Operation::Copy { from_mount, to_mount, from, to, len } => {
                 let bytes = self.expected(from, len).to_vec();
+                // As cp does; see `Handles::mapped`.
+                self.handles[from_mount].file.metadata()?;
                 let mut done = 0;
                 while done < bytes.len() as u64 {
                     let (mut source, mut target) = (from + done, to + done);

@@ -391,7 +391,7 @@ fn names(mut r: Recorder) -> Result<()> {
                     },
                     Err(Errno::NOENT) => Seen::Absent,
                     Err(Errno::INVAL) => Seen::NotLink,
-                    Err(Errno::STALE) => Seen::Directory,
+                    Err(Errno::STALE) => Seen::Present,
                     Err(e) => return unexpected("readlink", e),
                 };
                 Op::Name(NameOp::See { slot, seen, how: "readlink".to_owned() })
