@@ -74,7 +74,14 @@ pub struct Acl {
 impl Acl {
     /// The list that says what the permission bits of `mode` say (acl(5), "minimal ACL").
     pub fn from_mode(mode: u32) -> Acl {
-        Acl { owner: bits(mode, 6), users: Vec::new(), group: bits(mode, 3), groups: Vec::new(), mask: None, other: bits(mode, 0) }
+        Acl {
+            owner: bits(mode, 6),
+            users: Vec::new(),
+            group: bits(mode, 3),
+            groups: Vec::new(),
+            mask: None,
+            other: bits(mode, 0),
+        }
     }
 
     /// Reads the value of an extended attribute. `Ok(None)` is the list without entries, which
@@ -155,7 +162,10 @@ impl Acl {
     /// `mode` with its nine permission bits replaced by what stat(2) shows for this list: the
     /// group bits are the mask where there is one.
     pub fn mode(&self, mode: u32) -> u32 {
-        mode & !0o777 | u32::from(self.owner) << 6 | u32::from(self.mask.unwrap_or(self.group)) << 3 | u32::from(self.other)
+        mode & !0o777
+            | u32::from(self.owner) << 6
+            | u32::from(self.mask.unwrap_or(self.group)) << 3
+            | u32::from(self.other)
     }
 
     /// What setxattr of an access list makes of an inode of this `mode`: its new mode, and the list
@@ -229,10 +239,12 @@ mod tests {
 
     fn any_acl() -> impl Strategy<Value = Acl> {
         let named = || prop::collection::vec((0..UNDEFINED_ID, 0u8..8), 0..4);
-        (0u8..8, named(), 0u8..8, named(), prop::option::of(0u8..8), 0u8..8).prop_map(|(owner, users, group, groups, mask, other)| {
-            let mask = if users.is_empty() && groups.is_empty() { mask } else { Some(mask.unwrap_or(7)) };
-            Acl { owner, users, group, groups, mask, other }
-        })
+        (0u8..8, named(), 0u8..8, named(), prop::option::of(0u8..8), 0u8..8).prop_map(
+            |(owner, users, group, groups, mask, other)| {
+                let mask = if users.is_empty() && groups.is_empty() { mask } else { Some(mask.unwrap_or(7)) };
+                Acl { owner, users, group, groups, mask, other }
+            },
+        )
     }
 
     /// The kernel's `posix_acl_valid`, written as its state machine: the reference of `parse`.
@@ -266,7 +278,12 @@ mod tests {
         assert_eq!(Acl::parse(&[2, 0, 0, 0]), Ok(None));
         assert_eq!(Acl::parse(&[2, 0, 0, 0, 1]), Err(AclError::Invalid));
         // A named user without a mask.
-        let named = [(TAG_USER_OBJECT, 7, UNDEFINED_ID), (TAG_USER, 7, 5), (TAG_GROUP_OBJECT, 5, UNDEFINED_ID), (TAG_OTHER, 0, UNDEFINED_ID)];
+        let named = [
+            (TAG_USER_OBJECT, 7, UNDEFINED_ID),
+            (TAG_USER, 7, 5),
+            (TAG_GROUP_OBJECT, 5, UNDEFINED_ID),
+            (TAG_OTHER, 0, UNDEFINED_ID),
+        ];
         assert_eq!(Acl::parse(&raw(&named)), Err(AclError::Invalid));
     }
 

@@ -69,7 +69,15 @@ struct SlotInfo {
     referenced: bool,
 }
 
-const FREE: SlotInfo = SlotInfo { ino: Ino(0), page: 0, state: State::Free, dirty: false, write_back: false, transit: false, referenced: false };
+const FREE: SlotInfo = SlotInfo {
+    ino: Ino(0),
+    page: 0,
+    state: State::Free,
+    dirty: false,
+    write_back: false,
+    transit: false,
+    referenced: false,
+};
 
 /// How a page stands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -284,7 +292,10 @@ impl PageCache {
 
     /// Pages of a file in a range, present in whatever state, ascending.
     pub fn pages_in(&self, ino: Ino, range: Range) -> Vec<u64> {
-        self.files.get(&ino).map(|pages| pages.range(range.lo..range.hi).map(|(&page, _)| page).collect()).unwrap_or_default()
+        self.files
+            .get(&ino)
+            .map(|pages| pages.range(range.lo..range.hi).map(|(&page, _)| page).collect())
+            .unwrap_or_default()
     }
 
     /// The nearest cached pages around a range: the end of the one below, the start of the one above.

@@ -102,7 +102,8 @@ impl Daemon {
             .with_context(|| format!("node {slot}: cannot open the arena {}", arena_path.display()))?;
         let arena_file = arena.file().try_clone()?;
         let arena_length = arena.len() as usize;
-        let extents = ExtentTable::load(&store, arena).with_context(|| format!("node {slot}: arena and store disagree"))?;
+        let extents =
+            ExtentTable::load(&store, arena).with_context(|| format!("node {slot}: arena and store disagree"))?;
 
         let members: Vec<Slot> = {
             let mut members: Vec<Slot> = config.nodes.iter().map(|node| node.slot).collect();
@@ -137,7 +138,10 @@ impl Daemon {
             arena_key = arena_region.key().0;
             cache_key = cache_region.key().0;
             endpoint.listen().with_context(|| {
-                format!("node {slot}: cannot listen in {}; is another daemon of this slot running?", config.runtime_directory().display())
+                format!(
+                    "node {slot}: cannot listen in {}; is another daemon of this slot running?",
+                    config.runtime_directory().display()
+                )
             })?;
             memory = Box::new(RegisteredMemory(cache_region.clone()));
             let peers = members.iter().copied().filter(|member| *member != slot);
@@ -162,7 +166,15 @@ impl Daemon {
         let node = {
             let metrics = metrics.clone();
             NodeHandle::new(move || {
-                let foundations = Foundations { store, extents, arena_key, cache: PageCache::new(memory), cache_key, transport, metrics };
+                let foundations = Foundations {
+                    store,
+                    extents,
+                    arena_key,
+                    cache: PageCache::new(memory),
+                    cache_key,
+                    transport,
+                    metrics,
+                };
                 let volume = Volume::new(options, foundations);
                 volume.make_root(0o755, 0, 0).map(|()| volume)
             })
@@ -195,7 +207,10 @@ impl Daemon {
             None => None,
             Some(listen) => {
                 let inner = inner.clone();
-                Some(MetricsServer::start(listen, move || inner.prometheus()).with_context(|| format!("node {slot}: cannot serve metrics"))?)
+                Some(
+                    MetricsServer::start(listen, move || inner.prometheus())
+                        .with_context(|| format!("node {slot}: cannot serve metrics"))?,
+                )
             }
         };
         Ok(Daemon { inner, core: Some(core), control: Some(control), _metrics_server: metrics_server, stop_requested })
@@ -221,13 +236,21 @@ impl Daemon {
         let mut outcome = Ok(());
         for here in std::mem::take(&mut *self.inner.mounts.lock()) {
             if let Err(error) = here.mounted.unmount() {
-                outcome = Err(anyhow::Error::from(error).context(format!("node {}: {} stays mounted", self.inner.slot, here.directory.display())));
+                outcome = Err(anyhow::Error::from(error).context(format!(
+                    "node {}: {} stays mounted",
+                    self.inner.slot,
+                    here.directory.display()
+                )));
             }
         }
         self.inner.node.detach_kernel_cache();
         let left = self.inner.node.block_on(|volume| async move { volume.leave(STOP_LIMIT).await });
         if !left {
-            outcome = Err(anyhow::anyhow!("node {}: not everything could be written back within {} s", self.inner.slot, STOP_LIMIT.as_secs()));
+            outcome = Err(anyhow::anyhow!(
+                "node {}: not everything could be written back within {} s",
+                self.inner.slot,
+                STOP_LIMIT.as_secs()
+            ));
         }
         drop(self.core.take());
         drop(self.control.take());
@@ -288,7 +311,11 @@ impl Inner {
             Request::Metrics => Response::Metrics { text: self.prometheus() },
             Request::Top => {
                 self.update_gauges();
-                Response::Top(Top { cluster: self.config.cluster.clone(), slot: self.slot, snapshot: self.metrics.snapshot(self.started.elapsed()) })
+                Response::Top(Top {
+                    cluster: self.config.cluster.clone(),
+                    slot: self.slot,
+                    snapshot: self.metrics.snapshot(self.started.elapsed()),
+                })
             }
             Request::Mount(request) => done(self.mount(&request)),
             Request::Unmount { directory } => done(self.unmount(&directory)),
@@ -299,7 +326,12 @@ impl Inner {
             }
             Request::SetMutation { name } => {
                 if !self.mutations_allowed {
-                    return Response::Error { message: format!("node {}: mutations are for tests: start the daemon with VERBFS_ALLOW_MUTATIONS=1", self.slot) };
+                    return Response::Error {
+                        message: format!(
+                            "node {}: mutations are for tests: start the daemon with VERBFS_ALLOW_MUTATIONS=1",
+                            self.slot
+                        ),
+                    };
                 }
                 let known = self.node.enter(|volume| {
                     let mut mutations = volume.mutations.borrow_mut();
@@ -310,7 +342,11 @@ impl Inner {
                         mutations.set(&name, true)
                     }
                 });
-                if known { Response::Done } else { Response::Error { message: format!("node {}: no mutation is called {name:?}", self.slot) } }
+                if known {
+                    Response::Done
+                } else {
+                    Response::Error { message: format!("node {}: no mutation is called {name:?}", self.slot) }
+                }
             }
         }
     }
@@ -326,7 +362,12 @@ impl Inner {
                 let state = match peer {
                     None => MemberState::Own,
                     Some(peer) if peer.connected => MemberState::Connected,
-                    Some(peer) if peer.incarnation.is_none() && peer.gone_for.is_none_or(|gone| gone < self.config.membership.peer_timeout.0) => MemberState::Connecting,
+                    Some(peer)
+                        if peer.incarnation.is_none()
+                            && peer.gone_for.is_none_or(|gone| gone < self.config.membership.peer_timeout.0) =>
+                    {
+                        MemberState::Connecting
+                    }
                     Some(peer) if peer.incarnation.is_none() => MemberState::Absent,
                     Some(_) => MemberState::Silent,
                 };
@@ -354,17 +395,35 @@ impl Inner {
             hostname: self.hostname.clone(),
             pid: std::process::id(),
             version: env!("CARGO_PKG_VERSION").into(),
-            fabric: if self.config.nodes.len() > 1 { "shm (all nodes are on this host)".into() } else { "none (one node)".into() },
+            fabric: if self.config.nodes.len() > 1 {
+                "shm (all nodes are on this host)".into()
+            } else {
+                "none (one node)".into()
+            },
             state,
             uptime_seconds: self.started.elapsed().as_secs(),
             view: 1,
             members,
             mounts: mounts
                 .iter()
-                .map(|here| Mount { directory: here.directory.clone(), front_end: "stock".into(), read_only: false, requests_in_flight: 0 })
+                .map(|here| Mount {
+                    directory: here.directory.clone(),
+                    front_end: "stock".into(),
+                    read_only: false,
+                    requests_in_flight: 0,
+                })
                 .collect(),
-            storage: StorageUse { bytes: report.arena_pages * PAGE_SIZE, used: report.arena_used * PAGE_SIZE, reserved: 0, inodes: report.inodes },
-            cache: CacheUse { bytes: report.cache_pages * PAGE_SIZE, used: report.cache_used * PAGE_SIZE, dirty: report.cache_dirty * PAGE_SIZE },
+            storage: StorageUse {
+                bytes: report.arena_pages * PAGE_SIZE,
+                used: report.arena_used * PAGE_SIZE,
+                reserved: 0,
+                inodes: report.inodes,
+            },
+            cache: CacheUse {
+                bytes: report.cache_pages * PAGE_SIZE,
+                used: report.cache_used * PAGE_SIZE,
+                dirty: report.cache_dirty * PAGE_SIZE,
+            },
             locks_held: report.locks_held,
             locks_granted: report.locks_granted,
             lock_waiters: report.lock_waiters,
@@ -439,7 +498,11 @@ impl Inner {
             class: format!("{:?}", resource.class).to_lowercase(),
             server: resource.server,
             start: holder.range.lo.saturating_mul(unit),
-            end: if whole || holder.range.hi == Range::ALL.hi { None } else { Some(holder.range.hi.saturating_mul(unit)) },
+            end: if whole || holder.range.hi == Range::ALL.hi {
+                None
+            } else {
+                Some(holder.range.hi.saturating_mul(unit))
+            },
             mode: format!("{:?}", holder.mode),
             standing: if waits { Standing::Waits } else { Standing::Holds },
             state: holder.state,

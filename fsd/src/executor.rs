@@ -235,7 +235,11 @@ pub async fn join_all<T>(futures: Vec<Pin<Box<dyn Future<Output = T> + '_>>>) ->
                 }
             }
         }
-        if pending { Poll::Pending } else { Poll::Ready(results.iter_mut().map(|result| result.take().expect("every future is done")).collect()) }
+        if pending {
+            Poll::Pending
+        } else {
+            Poll::Ready(results.iter_mut().map(|result| result.take().expect("every future is done")).collect())
+        }
     })
     .await
 }

@@ -46,11 +46,11 @@ impl Program for Verbfs {
             std::process::abort();
         }));
         let daemon = Daemon::start(start.config.clone(), start.slot)?;
-        if let Some(mount) = &start.mount {
-            if let Err(error) = daemon.mount(mount) {
-                daemon.stop()?;
-                return Err(error);
-            }
+        if let Some(mount) = &start.mount
+            && let Err(error) = daemon.mount(mount)
+        {
+            daemon.stop()?;
+            return Err(error);
         }
         while !TERMINATED.load(Ordering::Acquire) {
             if daemon.wait_for_stop(Duration::from_millis(200)) {

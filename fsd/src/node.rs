@@ -46,7 +46,15 @@ impl NodeHandle {
     pub fn new<E>(build: impl FnOnce() -> Result<Rc<Volume>, E>) -> Result<NodeHandle, E> {
         let volume = build()?;
         let event_fd = volume.transport.borrow().as_ref().map_or(-1, |transport| transport.event_fd());
-        Ok(NodeHandle { shared: Arc::new(Shared { core: Mutex::new(Core { volume }), event_fd, stop: AtomicBool::new(false), next_tick: Mutex::new(Instant::now()), sleeping_until: Mutex::new(Instant::now()) }) })
+        Ok(NodeHandle {
+            shared: Arc::new(Shared {
+                core: Mutex::new(Core { volume }),
+                event_fd,
+                stop: AtomicBool::new(false),
+                next_tick: Mutex::new(Instant::now()),
+                sleeping_until: Mutex::new(Instant::now()),
+            }),
+        })
     }
 
     /// Works inside the core: `f`, then everything that is ready.
@@ -64,12 +72,11 @@ impl NodeHandle {
                 break;
             }
         }
-        if let Some(due) = volume.next_due() {
-            if due < *self.shared.sleeping_until.lock() {
-                if let Some(transport) = volume.transport.borrow().as_ref() {
-                    transport.interrupt();
-                }
-            }
+        if let Some(due) = volume.next_due()
+            && due < *self.shared.sleeping_until.lock()
+            && let Some(transport) = volume.transport.borrow().as_ref()
+        {
+            transport.interrupt();
         }
         result
     }

@@ -12,7 +12,8 @@ impl RangeSet {
             return;
         }
         let Range { mut lo, mut hi } = range;
-        let touching: Vec<(u64, u64)> = self.0.range(..=hi).rev().take_while(|(_, end)| **end >= lo).map(|(a, b)| (*a, *b)).collect();
+        let touching: Vec<(u64, u64)> =
+            self.0.range(..=hi).rev().take_while(|(_, end)| **end >= lo).map(|(a, b)| (*a, *b)).collect();
         for (start, end) in touching {
             self.0.remove(&start);
             lo = lo.min(start);
@@ -22,7 +23,13 @@ impl RangeSet {
     }
 
     pub fn remove(&mut self, range: Range) {
-        let touching: Vec<Range> = self.0.range(..range.hi).rev().take_while(|(_, end)| **end > range.lo).map(|(a, b)| Range::new(*a, *b)).collect();
+        let touching: Vec<Range> = self
+            .0
+            .range(..range.hi)
+            .rev()
+            .take_while(|(_, end)| **end > range.lo)
+            .map(|(a, b)| Range::new(*a, *b))
+            .collect();
         for piece in touching {
             self.0.remove(&piece.lo);
             for rest in piece.without(range) {

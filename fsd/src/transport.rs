@@ -42,7 +42,12 @@ pub struct FabricTransport {
 impl FabricTransport {
     /// `endpoint` listens already; `peers` are all other members.
     pub fn new(endpoint: Endpoint, cache: Region, peers: impl IntoIterator<Item = Slot>) -> FabricTransport {
-        let peers = peers.into_iter().map(|slot| (slot, PeerState { connected: false, last_attempt: None, process: None, last_failure: String::new() })).collect();
+        let peers = peers
+            .into_iter()
+            .map(|slot| {
+                (slot, PeerState { connected: false, last_attempt: None, process: None, last_failure: String::new() })
+            })
+            .collect();
         FabricTransport { endpoint, cache, peers, pending: Vec::new() }
     }
 
@@ -111,12 +116,32 @@ impl Transport for FabricTransport {
         self.endpoint.send(slot, Self::lane(lane), record).map_err(|error| error.to_string())
     }
 
-    fn read(&mut self, slot: Slot, cache_offset: usize, key: u32, offset: u64, length: usize, work: u64) -> Result<(), String> {
-        self.endpoint.read(slot, &self.cache, cache_offset as u64, RemoteKey(key), offset, length as u32, work).map_err(|error| error.to_string())
+    fn read(
+        &mut self,
+        slot: Slot,
+        cache_offset: usize,
+        key: u32,
+        offset: u64,
+        length: usize,
+        work: u64,
+    ) -> Result<(), String> {
+        self.endpoint
+            .read(slot, &self.cache, cache_offset as u64, RemoteKey(key), offset, length as u32, work)
+            .map_err(|error| error.to_string())
     }
 
-    fn write(&mut self, slot: Slot, cache_offset: usize, key: u32, offset: u64, length: usize, work: u64) -> Result<(), String> {
-        self.endpoint.write(slot, &self.cache, cache_offset as u64, RemoteKey(key), offset, length as u32, work).map_err(|error| error.to_string())
+    fn write(
+        &mut self,
+        slot: Slot,
+        cache_offset: usize,
+        key: u32,
+        offset: u64,
+        length: usize,
+        work: u64,
+    ) -> Result<(), String> {
+        self.endpoint
+            .write(slot, &self.cache, cache_offset as u64, RemoteKey(key), offset, length as u32, work)
+            .map_err(|error| error.to_string())
     }
 
     fn poll(&mut self, events: &mut Vec<TransportEvent>) {
@@ -162,14 +187,15 @@ impl Transport for FabricTransport {
                 continue;
             }
             // A daemon that has ended is out of our memory for good: its locks may go.
-            if let Some(process) = peer.process {
-                if process != std::process::id() && process_is_gone(process) {
-                    peer.process = None;
-                    if let Err(error) = self.endpoint.fence(slot) {
-                        tracing::error!(slot, %error, "a peer that ended could not be fenced");
-                        peer.process = Some(process);
-                        continue;
-                    }
+            if let Some(process) = peer.process
+                && process != std::process::id()
+                && process_is_gone(process)
+            {
+                peer.process = None;
+                if let Err(error) = self.endpoint.fence(slot) {
+                    tracing::error!(slot, %error, "a peer that ended could not be fenced");
+                    peer.process = Some(process);
+                    continue;
                 }
             }
             if peer.last_attempt.is_none_or(|at| at.elapsed() >= RECONNECT_INTERVAL) {

@@ -192,10 +192,19 @@ fn receive(endpoint: &mut Endpoint, events: &mut Vec<Event>, asleep: bool) -> Ve
 
 fn mailbox(rounds: u64, payload: usize, asleep: bool, cores: Cores) {
     cores.bind(false);
-    let directory = std::env::temp_dir().join(format!("verbfs-pingpong-{}-{payload}-{asleep}-{}", std::process::id(), cores.name()));
+    let directory = std::env::temp_dir().join(format!(
+        "verbfs-pingpong-{}-{payload}-{asleep}-{}",
+        std::process::id(),
+        cores.name()
+    ));
     std::fs::create_dir_all(&directory).expect("a directory");
     let mut child = std::process::Command::new(std::env::current_exe().expect("our own program"))
-        .args(["echo", directory.to_str().expect("a plain path"), if asleep { "asleep" } else { "awake" }, cores.name()])
+        .args([
+            "echo",
+            directory.to_str().expect("a plain path"),
+            if asleep { "asleep" } else { "awake" },
+            cores.name(),
+        ])
         .spawn()
         .expect("a child");
     let mut near = endpoint(&directory, 1);

@@ -18,8 +18,8 @@ use std::time::Duration;
 
 use crate::RESERVED_WORK_IDS;
 use crate::fabric::{
-    Access, DisconnectReason, Fabric, FabricEvent, FenceError, Local, PostError, Publication, Region, Remote, RemoteKey,
-    WorkError,
+    Access, DisconnectReason, Fabric, FabricEvent, FenceError, Local, PostError, Publication, Region, Remote,
+    RemoteKey, WorkError,
 };
 use crate::handshake::{ConnectError, Hello, Incarnation, Refusal, SLOTS_MAXIMUM};
 use crate::mailbox::lane::{CREDIT_RETURN_UNITS, Fetch, STAGING_LENGTH};

@@ -187,16 +187,36 @@ pub enum FenceError {
 /// What a provider reports.
 #[derive(Debug)]
 pub enum FabricEvent {
-    Connected { slot: u16, hello: Hello },
-    ConnectFailed { slot: u16, reason: ConnectError },
+    Connected {
+        slot: u16,
+        hello: Hello,
+    },
+    ConnectFailed {
+        slot: u16,
+        reason: ConnectError,
+    },
     /// Only after `Connected`.
-    Disconnected { slot: u16, reason: DisconnectReason },
+    Disconnected {
+        slot: u16,
+        reason: DisconnectReason,
+    },
     /// One of our operations is over. In posting order per connection.
-    Completed { slot: u16, work_id: u64, result: Result<(), WorkError> },
+    Completed {
+        slot: u16,
+        work_id: u64,
+        result: Result<(), WorkError>,
+    },
     /// The peer's write with immediate is in place.
-    Received { slot: u16, immediate: u32, length: u32 },
+    Received {
+        slot: u16,
+        immediate: u32,
+        length: u32,
+    },
     /// The peer sent a set-up message.
-    Control { slot: u16, bytes: Vec<u8> },
+    Control {
+        slot: u16,
+        bytes: Vec<u8>,
+    },
 }
 
 /// How a receiver learns of a published record.

@@ -204,7 +204,9 @@ fn check_hello(us: &Hello, message: &[u8]) -> Result<Hello, ConnectError> {
 
 fn refusal_in(message: &[u8]) -> Option<ConnectError> {
     match message {
-        [KIND_REFUSAL, code] => Some(Refusal::from_code(*code).map_or(ConnectError::Malformed, ConnectError::RefusedByPeer)),
+        [KIND_REFUSAL, code] => {
+            Some(Refusal::from_code(*code).map_or(ConnectError::Malformed, ConnectError::RefusedByPeer))
+        }
         _ => None,
     }
 }

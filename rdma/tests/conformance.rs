@@ -202,7 +202,9 @@ fn operations_take_effect_in_order<P: Provider>() {
                         model[range].copy_from_slice(&old.wrapping_add(*addend).to_le_bytes());
                     }
                     Step::Swap { word, expected: want, new } => {
-                        a.endpoint.compare_swap(2, &local, place as u64, key, *word as u64 * 8, *want, *new, id).unwrap();
+                        a.endpoint
+                            .compare_swap(2, &local, place as u64, key, *word as u64 * 8, *want, *new, id)
+                            .unwrap();
                         let range = word * 8..word * 8 + 8;
                         let old = u64::from_le_bytes(model[range.clone()].try_into().unwrap());
                         expected.push((place, old.to_le_bytes().to_vec()));
@@ -318,7 +320,10 @@ fn random_messages_stay_in_order<P: Provider>() {
             Ok(())
         })
         .unwrap();
-    assert!(a.endpoint.statistics().credits_written + b.endpoint.statistics().credits_written > 0, "no credit came back");
+    assert!(
+        a.endpoint.statistics().credits_written + b.endpoint.statistics().credits_written > 0,
+        "no credit came back"
+    );
 }
 
 /// Sends the messages (lane, length, from a to b?), disturbed before each by `disturb`, and checks that each arrives once, in
@@ -353,7 +358,9 @@ fn exchange(
         }
         // After a disturbance somebody has to connect again; whoever notices, does.
         for (node, peer) in [(0, 2), (1, 1)] {
-            if nodes[node].take(|event| matches!(event, Event::ConnectFailed { .. } | Event::Disconnected { .. }).then_some(())).is_some()
+            if nodes[node]
+                .take(|event| matches!(event, Event::ConnectFailed { .. } | Event::Disconnected { .. }).then_some(()))
+                .is_some()
                 && !nodes[node].endpoint.is_connected(peer)
             {
                 nodes[node].endpoint.connect(peer).unwrap();
@@ -423,7 +430,8 @@ fn credit_runs_out_and_comes_back<P: Provider>() {
         got.extend(nodes[1].messages());
         (got.len() >= 5000).then_some(())
     });
-    let numbers: Vec<u64> = got.iter().map(|(_, payload)| u64::from_le_bytes(payload[..].try_into().unwrap())).collect();
+    let numbers: Vec<u64> =
+        got.iter().map(|(_, payload)| u64::from_le_bytes(payload[..].try_into().unwrap())).collect();
     assert_eq!(numbers, (0..5000).collect::<Vec<_>>());
     assert_eq!(a.endpoint.queued(2, Lane::Ctrl), 0);
 }

@@ -89,7 +89,7 @@ known_unchanged() {
     local home
     for home in 0 1 2; do cmp "$DIR/mnt/$1/d$home/known" "$DIR/known$home"; done
 }
-refusals_logged() { grep -h 'refused a peer' "$DIR"/node[01].log | sed 's/.*reason=//' | sort | uniq -c | sort -rn | head -20 | grep .; }
+refusals_logged() { grep -h 'refused a peer' "$DIR"/node[01].log | sed 's/.*reason=//' | sort | uniq -c | sort -rn | sed -n 1,20p | grep .; }
 
 # Each time a daemon dies, the next attack finds new ones.
 revive() {
@@ -150,11 +150,11 @@ check refusals_are_logged 5 refusals_logged
 begins() { [ -S "$DIR/run/$CLUSTER/2.sock" ]; }
 while [ $((LIFE -= 1)) -gt 0 ]; do
     rm -f "$DIR/run/$CLUSTER/2.sock"
-    start_node 2
+    "$VERBFS" start --foreground --config "$DIR/verbfs.toml" --slot 2 >> "$DIR/node2.log" 2>&1 < /dev/null &
+    DAEMON[2]=$!
     check "node_2_begins_$LIFE" 10 within 10 begins
     kill -KILL "${DAEMON[2]}"
     wait "${DAEMON[2]}" 2> /dev/null || true
-    umount -l "$DIR/mnt/2" 2> /dev/null || true
 done
 start_node 2
 wait_for_node 2

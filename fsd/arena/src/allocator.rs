@@ -54,7 +54,11 @@ impl Allocator {
 
     /// All pages but those of `allocated` are free. These must be sorted, disjoint and below `total`.
     pub(crate) fn with_allocated(total: u64, allocated: impl Iterator<Item = Range>) -> Allocator {
-        let mut allocator = Allocator { free: BTreeMap::new(), by_length: BTreeSet::new(), pages: Pages { total, free: 0, reserved: 0 } };
+        let mut allocator = Allocator {
+            free: BTreeMap::new(),
+            by_length: BTreeSet::new(),
+            pages: Pages { total, free: 0, reserved: 0 },
+        };
         let mut end = 0;
         for range in allocated.chain([Range::new(total, total)]) {
             debug_assert!(end <= range.lo && range.hi <= total);

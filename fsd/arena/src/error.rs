@@ -55,7 +55,11 @@ impl Error {
             Error::InUse(_) => libc::EBUSY,
             Error::Store(error) => error.errno(),
             Error::Io(error) => error.raw_os_error().unwrap_or(libc::EIO),
-            Error::Lost { .. } | Error::Overlap { .. } | Error::OutOfRange { .. } | Error::NotInUse(_) | Error::Twice { .. } => libc::EIO,
+            Error::Lost { .. }
+            | Error::Overlap { .. }
+            | Error::OutOfRange { .. }
+            | Error::NotInUse(_)
+            | Error::Twice { .. } => libc::EIO,
         }
     }
 }

@@ -116,7 +116,10 @@ impl ExtentTable {
         if before > 0 && extents.len() > before {
             extents.sort_unstable_by_key(|extent| extent.page);
         }
-        debug_assert!(extents.windows(2).all(|pair| pair[0].page + pair[0].pages <= pair[1].page), "committed and uncommitted overlap");
+        debug_assert!(
+            extents.windows(2).all(|pair| pair[0].page + pair[0].pages <= pair[1].page),
+            "committed and uncommitted overlap"
+        );
         Ok(extents)
     }
 
@@ -125,7 +128,13 @@ impl ExtentTable {
     ///
     /// # Errors
     /// [`Error::NoSpace`]; [`Error::InvalidRange`] if it is empty.
-    pub fn allocate<A: Access>(&mut self, txn: &Transaction<'_, A>, ino: Ino, range: Range, claim: Claim) -> Result<Vec<Extent>, Error> {
+    pub fn allocate<A: Access>(
+        &mut self,
+        txn: &Transaction<'_, A>,
+        ino: Ino,
+        range: Range,
+        claim: Claim,
+    ) -> Result<Vec<Extent>, Error> {
         if range.is_empty() {
             return Err(Error::InvalidRange(range));
         }
@@ -252,7 +261,9 @@ impl ExtentTable {
             *id = txn.id();
             noted.clear();
         }
-        if let Some((_, other, _)) = noted.iter().find(|(of, other, did)| *of == ino && *did != kind && other.overlaps(range)) {
+        if let Some((_, other, _)) =
+            noted.iter().find(|(of, other, did)| *of == ino && *did != kind && other.overlaps(range))
+        {
             return Err(Error::Twice { ino, range: other.intersect(range) });
         }
         noted.push((ino, range, kind));
@@ -262,8 +273,12 @@ impl ExtentTable {
     fn uncommitted_in(&self, ino: Ino, range: Range) -> impl Iterator<Item = Run> {
         let runs = self.uncommitted.get(&ino).filter(|_| !range.is_empty());
         runs.into_iter().flat_map(move |runs| {
-            let before = runs.range(..range.lo).next_back().map(|(_, run)| *run).filter(|run| run.range().overlaps(range));
-            before.into_iter().chain(runs.range(range.lo..range.hi).map(|(_, run)| *run)).map(move |run| run.clip(range))
+            let before =
+                runs.range(..range.lo).next_back().map(|(_, run)| *run).filter(|run| run.range().overlaps(range));
+            before
+                .into_iter()
+                .chain(runs.range(range.lo..range.hi).map(|(_, run)| *run))
+                .map(move |run| run.clip(range))
         })
     }
 
@@ -307,7 +322,8 @@ impl ExtentTable {
     /// # Panics
     /// If it does not hold.
     pub fn check<A: Access>(&self, txn: &Transaction<'_, A>) {
-        let mut used: Vec<Range> = self.uncommitted.values().flat_map(BTreeMap::values).map(|run| arena_range(*run)).collect();
+        let mut used: Vec<Range> =
+            self.uncommitted.values().flat_map(BTreeMap::values).map(|run| arena_range(*run)).collect();
         txn.for_each_extent::<Error>(|_, run| {
             used.push(arena_range(run));
             Ok(())
@@ -334,7 +350,8 @@ fn arena_range(run: Run) -> Range {
 
 /// The parts of `range` no extent covers. The extents are sorted and disjoint.
 fn holes(range: Range, extents: &[Extent]) -> Vec<Range> {
-    let covered: Vec<Range> = extents.iter().map(|extent| Range::new(extent.page, extent.page + extent.pages)).collect();
+    let covered: Vec<Range> =
+        extents.iter().map(|extent| Range::new(extent.page, extent.page + extent.pages)).collect();
     without_all(range, &covered)
 }
 

@@ -85,8 +85,19 @@ fn files_that_grow_in_turn_stay_contiguous_where_they_can() {
             assert_eq!(table.pages().available(), 92, "nothing is left behind");
             assert!(table.allocate(txn, Ino(44), Range::ALL, Claim::Free).is_err());
             table.release_uncommitted(FILE, Range::new(10, 20))?;
-            assert_eq!(table.allocate(txn, Ino(44), Range::new(0, 10), Claim::Free)?.len(), 1, "the hole that fits best");
-            assert_eq!(table.allocate(txn, Ino(44), Range::new(0, 102), Claim::Free)?.iter().map(|extent| extent.pages).sum::<u64>(), 102);
+            assert_eq!(
+                table.allocate(txn, Ino(44), Range::new(0, 10), Claim::Free)?.len(),
+                1,
+                "the hole that fits best"
+            );
+            assert_eq!(
+                table
+                    .allocate(txn, Ino(44), Range::new(0, 102), Claim::Free)?
+                    .iter()
+                    .map(|extent| extent.pages)
+                    .sum::<u64>(),
+                102
+            );
             assert_eq!(table.pages().free, 0);
             table.check(txn);
             for file in [FILE, Ino(43), Ino(44)] {
@@ -114,7 +125,9 @@ fn committing_and_removing_in_one_transaction_is_refused() {
     }
     // Other pages are no concern, nor is the next transaction, nor one that aborted.
     let (committed, removed) = store
-        .write::<_, Error>(|txn| Ok((table.commit(txn, FILE, &[Range::new(0, 2)])?, table.remove(txn, FILE, Range::new(2, 4))?)))
+        .write::<_, Error>(|txn| {
+            Ok((table.commit(txn, FILE, &[Range::new(0, 2)])?, table.remove(txn, FILE, Range::new(2, 4))?))
+        })
         .unwrap();
     assert_eq!((table.apply(committed).unwrap(), table.apply(removed).unwrap()), (0, 2));
     let removed = store.write(|txn| table.remove(txn, FILE, Range::ALL)).unwrap();
@@ -141,7 +154,10 @@ fn a_store_whose_extents_cannot_be_is_refused_by_name() {
     assert!(matches!(error, Error::Overlap { first: (Ino(1), _), second: (Ino(2), Run { page: 5, .. }) }), "{error}");
     put(&mut store, Ino(2), 5, PAGES - 1, 3);
     let error = ExtentTable::load(&store, open_arena(directory.path())).err().expect("it lies beyond");
-    assert!(matches!(error, Error::OutOfRange { ino: Ino(2), run: Run { page: 5, .. }, arena_pages: PAGES }), "{error}");
+    assert!(
+        matches!(error, Error::OutOfRange { ino: Ino(2), run: Run { page: 5, .. }, arena_pages: PAGES }),
+        "{error}"
+    );
     put(&mut store, Ino(2), 5, 20, 3);
     assert_eq!(ExtentTable::load(&store, open_arena(directory.path())).unwrap().pages().free, PAGES - 13);
     // A tmpfs was emptied: the store's extents have lost their bytes.
@@ -165,7 +181,8 @@ fn child() {
     let mut store = open_store(directory);
     let mut table = ExtentTable::load(&store, open_arena(directory)).unwrap();
     let mut out = std::io::stdout().lock();
-    let start = store.read(|txn| txn.meta("round")).unwrap().map_or(0, |bytes| u64::from_le_bytes(bytes.try_into().unwrap()));
+    let start =
+        store.read(|txn| txn.meta("round")).unwrap().map_or(0, |bytes| u64::from_le_bytes(bytes.try_into().unwrap()));
     for round in start + 1.. {
         let (file, pages) = (Ino(10 + round % 4), 1 + round % 30);
         // What an earlier process had allocated and not committed must be free: never more than 4 files of 30 pages.
@@ -217,7 +234,9 @@ fn committed_pages_survive_kill_and_uncommitted_ones_are_free() {
         store
             .read::<_, Error>(|txn| {
                 table.check(txn);
-                let number = |key: &str| Ok::<_, Error>(txn.meta(key)?.map(|bytes| u64::from_le_bytes(bytes.try_into().unwrap())));
+                let number = |key: &str| {
+                    Ok::<_, Error>(txn.meta(key)?.map(|bytes| u64::from_le_bytes(bytes.try_into().unwrap())))
+                };
                 assert!(number("round")?.unwrap() >= acknowledged);
                 let mut used = 0;
                 for file in 10..14 {
@@ -234,7 +253,10 @@ fn committed_pages_survive_kill_and_uncommitted_ones_are_free() {
                         for page in 0..extent.pages {
                             let mut bytes = vec![0; PAGE_SIZE as usize];
                             table.arena().copy_out((extent.arena_page + page) * PAGE_SIZE, &mut bytes);
-                            assert!(bytes == content(extent.page + page, round), "page {page} of file {file}, round {round}");
+                            assert!(
+                                bytes == content(extent.page + page, round),
+                                "page {page} of file {file}, round {round}"
+                            );
                         }
                     }
                 }

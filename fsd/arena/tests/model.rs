@@ -52,7 +52,9 @@ struct Model(BTreeMap<(u64, u64), (u64, bool)>);
 impl Model {
     fn within(&self, file: u64, range: Range) -> BTreeMap<u64, (u64, bool)> {
         let keys = self.0.range((file, 0)..(file + 1, 0));
-        keys.filter(|((_, page), _)| range.lo <= *page && *page < range.hi).map(|(&(_, page), &at)| (page, at)).collect()
+        keys.filter(|((_, page), _)| range.lo <= *page && *page < range.hi)
+            .map(|(&(_, page), &at)| (page, at))
+            .collect()
     }
     fn forget(&mut self, file: u64, range: Range, uncommitted_only: bool) -> u64 {
         let before = self.0.len();
@@ -74,7 +76,8 @@ fn pages(extents: &[Extent]) -> BTreeMap<u64, (u64, bool)> {
 }
 
 fn open(directory: &std::path::Path) -> (Store, ExtentTable) {
-    let store = Store::open(&directory.join("store"), StoreOptions { map_size: 16 << 20, ..StoreOptions::default() }).unwrap();
+    let store =
+        Store::open(&directory.join("store"), StoreOptions { map_size: 16 << 20, ..StoreOptions::default() }).unwrap();
     let arena = Arena::open(&directory.join("arena"), ARENA_PAGES * PAGE_SIZE, ArenaOptions::default()).unwrap();
     let table = ExtentTable::load(&store, arena).unwrap();
     (store, table)
@@ -89,7 +92,10 @@ fn with_fate(
     store: &mut Store,
     table: &mut ExtentTable,
     fate: Fate,
-    change: impl FnOnce(&mut ExtentTable, &mut verbfs_namespace::WriteTransaction<'_>) -> Result<verbfs_arena::Change, Error>,
+    change: impl FnOnce(
+        &mut ExtentTable,
+        &mut verbfs_namespace::WriteTransaction<'_>,
+    ) -> Result<verbfs_arena::Change, Error>,
 ) -> Result<Option<u64>, Error> {
     store.fail_commits_after((fate == Fate::FailToCommit).then_some(0));
     let result = store.write(|txn| {

@@ -78,7 +78,9 @@ fn touch(one: &FileLock, other: &FileLock) -> bool {
 }
 
 fn conflict(one: &FileLock, other: &FileLock) -> bool {
-    overlap(one, other) && !same_owner(one, other) && (one.kind == FileLockKind::Write || other.kind == FileLockKind::Write)
+    overlap(one, other)
+        && !same_owner(one, other)
+        && (one.kind == FileLockKind::Write || other.kind == FileLockKind::Write)
 }
 
 impl File {
@@ -168,7 +170,9 @@ impl LockTable {
         if wait.is_some_and(|token| self.waiting.contains_key(&token)) {
             return Outcome::Waiting;
         }
-        if lock.kind != FileLockKind::Unlock && self.per_node.get(&lock.owner.slot).is_some_and(|&count| count >= LOCKS_PER_NODE_MAX) {
+        if lock.kind != FileLockKind::Unlock
+            && self.per_node.get(&lock.owner.slot).is_some_and(|&count| count >= LOCKS_PER_NODE_MAX)
+        {
             return Outcome::Exhausted;
         }
         self.change(ino, space, effects, |file, effects| {
@@ -254,7 +258,8 @@ impl LockTable {
         for (token, &(ino, space, waiter)) in &self.waiting {
             if space == LockSpace::Posix && waiter == identity(&owner) {
                 let file = &self.files[&(ino, space)];
-                let wanted = file.waiting.iter().find(|(waiting, _)| waiting == token).expect("every waiter is in its file").1;
+                let wanted =
+                    file.waiting.iter().find(|(waiting, _)| waiting == token).expect("every waiter is in its file").1;
                 holders.extend(file.held.iter().filter(|held| conflict(held, &wanted)).map(|held| held.owner));
             }
         }
@@ -268,7 +273,9 @@ impl LockTable {
         let mut edges = Vec::new();
         for (_, file) in self.files.iter().filter(|((_, space), _)| *space == LockSpace::Posix) {
             for (_, wanted) in &file.waiting {
-                edges.extend(file.held.iter().filter(|held| conflict(held, wanted)).map(|held| (wanted.owner, held.owner)));
+                edges.extend(
+                    file.held.iter().filter(|held| conflict(held, wanted)).map(|held| (wanted.owner, held.owner)),
+                );
             }
         }
         edges.sort_unstable();
@@ -342,7 +349,10 @@ impl LockTable {
                     assert!(!conflict(held, other), "{held:?} and {other:?} are both held");
                     if same_owner(held, other) {
                         assert!(!overlap(held, other), "{held:?} and {other:?} of one owner overlap");
-                        assert!(held.kind != other.kind || !touch(held, other), "{held:?} and {other:?} are not joined");
+                        assert!(
+                            held.kind != other.kind || !touch(held, other),
+                            "{held:?} and {other:?} are not joined"
+                        );
                     }
                 }
             }
@@ -360,7 +370,8 @@ impl LockTable {
 
 /// Adds or subtracts the locks and waiters of a file to those of their nodes.
 fn count(per_node: &mut HashMap<Slot, usize>, file: &File, by: fn(usize, usize) -> usize) {
-    let mut slots = file.held.iter().chain(file.waiting.iter().map(|(_, wanted)| wanted)).map(|lock| lock.owner.slot).peekable();
+    let mut slots =
+        file.held.iter().chain(file.waiting.iter().map(|(_, wanted)| wanted)).map(|lock| lock.owner.slot).peekable();
     while let Some(slot) = slots.next() {
         // One look-up for a row of locks of one node.
         let mut row = 1;

@@ -53,7 +53,10 @@ impl Model {
     fn conflicts(&self, owner: usize, start: usize, end: usize, kind: FileLockKind) -> bool {
         kind != FileLockKind::Unlock
             && (0..OWNERS).filter(|&other| other != owner).any(|other| {
-                self.held[other][start..=end].iter().flatten().any(|&held| held == FileLockKind::Write || kind == FileLockKind::Write)
+                self.held[other][start..=end]
+                    .iter()
+                    .flatten()
+                    .any(|&held| held == FileLockKind::Write || kind == FileLockKind::Write)
             })
     }
     fn put(&mut self, owner: usize, start: usize, end: usize, kind: FileLockKind) {
@@ -62,7 +65,9 @@ impl Model {
     /// The first by arrival that can be granted, again and again.
     fn wake(&mut self) -> Vec<u64> {
         let mut woken = Vec::new();
-        while let Some(at) = self.waiting.iter().position(|&(_, owner, start, end, kind)| !self.conflicts(owner, start, end, kind)) {
+        while let Some(at) =
+            self.waiting.iter().position(|&(_, owner, start, end, kind)| !self.conflicts(owner, start, end, kind))
+        {
             let (token, owner, start, end, kind) = self.waiting.remove(at);
             self.put(owner, start, end, kind);
             woken.push(token);
@@ -223,7 +228,10 @@ fn waiters_are_served_by_arrival() {
         assert_eq!(set(&mut table, Posix, lock(waiter, 0, 9, Write), Some(waiter as u64)).0, Outcome::Waiting);
     }
     for holder in 0..4 {
-        assert_eq!(set(&mut table, Posix, lock(holder, 0, 9, Unlock), None), (Outcome::Granted, vec![holder as u64 + 1]));
+        assert_eq!(
+            set(&mut table, Posix, lock(holder, 0, 9, Unlock), None),
+            (Outcome::Granted, vec![holder as u64 + 1])
+        );
     }
 }
 
@@ -305,7 +313,8 @@ fn a_waiting_token_stays_as_it_is() {
 fn a_node_runs_out_of_locks_and_can_unlock() {
     let mut table = LockTable::new();
     let mut effects = Vec::new();
-    let mut set = |table: &mut LockTable, ino: u64, kind| table.set(Ino(ino), Posix, lock(0, 0, 9, kind), None, &mut effects);
+    let mut set =
+        |table: &mut LockTable, ino: u64, kind| table.set(Ino(ino), Posix, lock(0, 0, 9, kind), None, &mut effects);
     for ino in 0..verbfs_flk::LOCKS_PER_NODE_MAX as u64 {
         assert_eq!(set(&mut table, ino, Write), Outcome::Granted);
     }

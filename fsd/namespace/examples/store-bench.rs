@@ -344,7 +344,11 @@ fn main() -> Result<()> {
     for engine in ENGINES {
         let directory = tempfile::tempdir_in(&base)?;
         let files = if engine == "redb durable" { FILES_WHEN_SYNCING.min(files) } else { files };
-        Command::new(std::env::current_exe()?).args(["run", engine]).arg(directory.path()).arg(files.to_string()).status()?;
+        Command::new(std::env::current_exe()?)
+            .args(["run", engine])
+            .arg(directory.path())
+            .arg(files.to_string())
+            .status()?;
     }
     println!("\nafter kill -9: commits acknowledged, lost");
     for engine in ENGINES {

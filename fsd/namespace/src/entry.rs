@@ -3,10 +3,10 @@
 //! The entries of a directory lie under consecutive keys (directory, cursor). The key
 //! (directory, 0) holds the number of entries and is absent when there are none.
 
+use crate::Error;
 use crate::hash::{COLLISIONS_MAX, CURSOR_MIN};
 use crate::record::{Place, decode_entry, decode_u64, encode_entry, ino_key, pair_key, split_pair};
 use crate::store::{Access, Transaction, Writing};
-use crate::Error;
 use std::ops::Bound;
 use verbfs_protocol::{FileKind, Ino, NAME_MAX};
 
@@ -171,7 +171,8 @@ impl Transaction<'_, Writing<'_>> {
             return Ok(None);
         };
         let Some(count) = self.entry_count(directory)?.checked_sub(1) else {
-            return Err(Place { table: "entries", key: &ino_key(directory) }.corrupt("an entry in a directory that counts none"));
+            return Err(Place { table: "entries", key: &ino_key(directory) }
+                .corrupt("an entry in a directory that counts none"));
         };
         self.tables.entries.delete(&mut self.access.txn, &pair_key(directory, cursor))?;
         self.put_entry_count(directory, count)?;

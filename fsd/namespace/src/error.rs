@@ -79,7 +79,11 @@ impl Error {
             Error::ValueLength { .. } => errno::E2BIG,
             Error::InUse(_) => errno::EBUSY,
             Error::Io(error) => error.raw_os_error().unwrap_or(errno::EIO),
-            Error::Corrupt { .. } | Error::NotAStore(..) | Error::Version { .. } | Error::Injected | Error::Engine(_) => errno::EIO,
+            Error::Corrupt { .. }
+            | Error::NotAStore(..)
+            | Error::Version { .. }
+            | Error::Injected
+            | Error::Engine(_) => errno::EIO,
         }
     }
 

@@ -3,9 +3,9 @@
 //! Invariant: the runs of one inode do not overlap. Neighbours that continue each other both in the file and in the
 //! arena are one run.
 
+use crate::Error;
 use crate::record::{decode_extent, encode_extent, pair_key};
 use crate::store::{Access, Transaction, Writing};
-use crate::Error;
 use std::ops::Bound;
 use verbfs_protocol::{Ino, Range};
 use zerocopy::IntoBytes;
@@ -24,7 +24,9 @@ pub struct Run {
 impl Run {
     /// Not empty, and both ends are page numbers.
     pub fn is_valid(self) -> bool {
-        self.pages > 0 && self.page.checked_add(self.pages).is_some() && self.arena_page.checked_add(self.pages).is_some()
+        self.pages > 0
+            && self.page.checked_add(self.pages).is_some()
+            && self.arena_page.checked_add(self.pages).is_some()
     }
 
     /// The pages of the file.

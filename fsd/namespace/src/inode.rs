@@ -1,8 +1,8 @@
 //! Inodes, symbolic links and orphans.
 
+use crate::Error;
 use crate::record::{Place, decode_inode, decode_u64, encode_inode, ino_key, split_ino};
 use crate::store::{Access, Transaction, Writing};
-use crate::Error;
 use verbfs_protocol::{Attributes, Ino, SYMLINK_MAX};
 
 impl<A: Access> Transaction<'_, A> {

@@ -1,8 +1,8 @@
 //! Stored replies, prepared transactions and the daemon's own small records.
 
+use crate::Error;
 use crate::record::{Place, operation_key, split_operation};
 use crate::store::{Access, Transaction, Writing};
-use crate::Error;
 use std::ops::Bound;
 use verbfs_protocol::{Node, OperationId, Slot};
 

@@ -148,7 +148,8 @@ pub(crate) fn encode_inode(attributes: &Attributes, bytes: &mut Vec<u8>) -> Resu
 }
 
 pub(crate) fn decode_inode(place: Place<'_>, ino: Ino, bytes: &[u8]) -> Result<Attributes, Error> {
-    let (record, slots) = InodeRecord::ref_from_prefix(bytes).map_err(|_| place.corrupt("shorter than an inode record"))?;
+    let (record, slots) =
+        InodeRecord::ref_from_prefix(bytes).map_err(|_| place.corrupt("shorter than an inode record"))?;
     if record.version != INODE_VERSION {
         return Err(place.corrupt("unknown version of inode record"));
     }
@@ -167,7 +168,8 @@ pub(crate) fn decode_inode(place: Place<'_>, ino: Ino, bytes: &[u8]) -> Result<A
     if record.nanoseconds.iter().any(|nanoseconds| nanoseconds.get() >= NANOSECONDS_PER_SECOND) {
         return Err(place.corrupt("nanoseconds beyond a second"));
     }
-    let time = |which: usize| Time { seconds: record.seconds[which].get(), nanoseconds: record.nanoseconds[which].get() };
+    let time =
+        |which: usize| Time { seconds: record.seconds[which].get(), nanoseconds: record.nanoseconds[which].get() };
     Ok(Attributes {
         ino,
         kind,
@@ -193,8 +195,12 @@ pub(crate) fn decode_inode(place: Place<'_>, ino: Ino, bytes: &[u8]) -> Result<A
 
 pub(crate) fn encode_entry(ino: Ino, kind: FileKind, name: &[u8], bytes: &mut Vec<u8>) {
     debug_assert!(!name.is_empty() && name.len() <= u8::MAX as usize);
-    let record =
-        EntryRecord { ino: U64::new(ino.0), kind: kind_byte(kind), name_length: name.len() as u8, reserved: U16::new(0) };
+    let record = EntryRecord {
+        ino: U64::new(ino.0),
+        kind: kind_byte(kind),
+        name_length: name.len() as u8,
+        reserved: U16::new(0),
+    };
     bytes.clear();
     bytes.extend_from_slice(record.as_bytes());
     bytes.extend_from_slice(name);
@@ -202,7 +208,8 @@ pub(crate) fn encode_entry(ino: Ino, kind: FileKind, name: &[u8], bytes: &mut Ve
 
 /// The inode, its kind and the name.
 pub(crate) fn decode_entry<'a>(place: Place<'_>, bytes: &'a [u8]) -> Result<(Ino, FileKind, &'a [u8]), Error> {
-    let (record, name) = EntryRecord::ref_from_prefix(bytes).map_err(|_| place.corrupt("shorter than an entry record"))?;
+    let (record, name) =
+        EntryRecord::ref_from_prefix(bytes).map_err(|_| place.corrupt("shorter than an entry record"))?;
     let kind = kind_from_byte(record.kind).ok_or_else(|| place.corrupt("unknown kind of file"))?;
     if name.is_empty() || name.len() != record.name_length as usize || record.reserved.get() != 0 {
         return Err(place.corrupt("wrong length of name"));
@@ -218,7 +225,8 @@ pub(crate) fn encode_extent(run: Run) -> ExtentRecord {
 pub(crate) fn decode_extent(key: &[u8], bytes: &[u8]) -> Result<(Ino, Run), Error> {
     let place = Place { table: "extents", key };
     let (ino, page) = split_pair(place)?;
-    let record = ExtentRecord::ref_from_bytes(bytes).map_err(|_| place.corrupt("not the length of an extent record"))?;
+    let record =
+        ExtentRecord::ref_from_bytes(bytes).map_err(|_| place.corrupt("not the length of an extent record"))?;
     let run = Run { page, arena_page: record.arena_page.get(), pages: record.pages.get() };
     if !run.is_valid() {
         return Err(place.corrupt("empty extent or one beyond the last page number"));
@@ -235,7 +243,11 @@ pub(crate) fn ino_key(ino: Ino) -> [u8; 8] {
 }
 
 pub(crate) fn split_ino(place: Place<'_>) -> Result<Ino, Error> {
-    place.key.try_into().map(|bytes| Ino(u64::from_be_bytes(bytes))).map_err(|_| place.corrupt("not the length of an inode number"))
+    place
+        .key
+        .try_into()
+        .map(|bytes| Ino(u64::from_be_bytes(bytes)))
+        .map_err(|_| place.corrupt("not the length of an inode number"))
 }
 
 /// (directory, cursor) and (inode, page).

@@ -89,7 +89,11 @@ const TABLES: u32 = 11;
 impl Tables {
     pub fn hash(&self, name: &[u8]) -> u64 {
         let hash = (self.name_hash)(name);
-        if hash.is_multiple_of(hash::COLLISIONS_MAX) && (hash::CURSOR_MIN..1 << 63).contains(&hash) { hash } else { hash::fit(hash) }
+        if hash.is_multiple_of(hash::COLLISIONS_MAX) && (hash::CURSOR_MIN..1 << 63).contains(&hash) {
+            hash
+        } else {
+            hash::fit(hash)
+        }
     }
 }
 
@@ -226,7 +230,8 @@ impl Store {
             None => return Err(Error::NotAStore(directory.into(), "the format record is missing")),
             Some(bytes) => {
                 let place = Place { table: "store", key: FORMAT_KEY };
-                let record = FormatRecord::ref_from_bytes(bytes).map_err(|_| place.corrupt("not the length of a format record"))?;
+                let record = FormatRecord::ref_from_bytes(bytes)
+                    .map_err(|_| place.corrupt("not the length of a format record"))?;
                 if record.magic != MAGIC {
                     return Err(Error::NotAStore(directory.into(), "the format record is another program's"));
                 }
@@ -248,7 +253,17 @@ impl Store {
         };
         txn.commit()?;
         let sequence = Sequence { next: durable, limit: durable };
-        Ok(Store { env, tables, data, limit, mapped, sequence, transactions: 0, commits_before_failure: None, _in_use: in_use })
+        Ok(Store {
+            env,
+            tables,
+            data,
+            limit,
+            mapped,
+            sequence,
+            transactions: 0,
+            commits_before_failure: None,
+            _in_use: in_use,
+        })
     }
 
     /// Runs `read` on a snapshot of the last committed state.
@@ -380,7 +395,12 @@ fn allocate(file: &File, size: usize) -> Result<(), Error> {
 fn reserve(file: &File, mapped: usize) {
     // SAFETY: as in `allocate`.
     unsafe {
-        libc::fallocate(file.as_raw_fd(), libc::FALLOC_FL_KEEP_SIZE, mapped as libc::off_t, RECLAIM_RESERVE as libc::off_t);
+        libc::fallocate(
+            file.as_raw_fd(),
+            libc::FALLOC_FL_KEEP_SIZE,
+            mapped as libc::off_t,
+            RECLAIM_RESERVE as libc::off_t,
+        );
     }
 }
 

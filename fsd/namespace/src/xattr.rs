@@ -1,8 +1,8 @@
 //! Extended attributes, under keys of inode number and name.
 
+use crate::Error;
 use crate::record::{Place, ino_key};
 use crate::store::{Access, Transaction, Writing};
-use crate::Error;
 use verbfs_protocol::{Ino, NAME_MAX, XATTR_VALUE_MAX};
 
 /// How to set an extended attribute (setxattr(2): 0, XATTR_CREATE, XATTR_REPLACE).

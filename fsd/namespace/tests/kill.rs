@@ -27,7 +27,8 @@ fn name(number: u64) -> Vec<u8> {
 fn child() {
     let Some(directory) = std::env::var_os(CHILD) else { return };
     let mut store = Store::open(directory.as_ref(), options()).unwrap();
-    let start = store.read(|txn| txn.meta("next")).unwrap().map_or(0, |bytes| u64::from_le_bytes(bytes.try_into().unwrap()));
+    let start =
+        store.read(|txn| txn.meta("next")).unwrap().map_or(0, |bytes| u64::from_le_bytes(bytes.try_into().unwrap()));
     let mut out = std::io::stdout().lock();
     for number in start.. {
         store
@@ -116,17 +117,17 @@ fn limited_child() {
     }
     let mut store = Store::open(directory.as_ref(), options()).unwrap();
     let mut put = |number: u64| {
-        store.write::<_, Error>(|txn| txn.set_xattr(Ino(number), b"user.value", &[7; 60_000], verbfs_namespace::SetXattr::Create))
+        store.write::<_, Error>(|txn| {
+            txn.set_xattr(Ino(number), b"user.value", &[7; 60_000], verbfs_namespace::SetXattr::Create)
+        })
     };
     let (full, error) = (0..).find_map(|number| put(number).err().map(|error| (number, error))).unwrap();
     assert!(matches!(error, Error::Full), "{error}");
     // More than the first mapping holds, and as much as fits.
     assert!((900..1400).contains(&full), "{full} values");
     for number in 0..full {
-        let removed = store.write_reclaiming(
-            |error| matches!(error, Error::Full),
-            |txn| txn.remove_xattr(Ino(number), b"user.value"),
-        );
+        let removed = store
+            .write_reclaiming(|error| matches!(error, Error::Full), |txn| txn.remove_xattr(Ino(number), b"user.value"));
         assert!(removed.unwrap());
     }
     store

@@ -86,7 +86,10 @@ fn change() -> impl Strategy<Value = Change> {
     ]
 }
 fn fate() -> impl Strategy<Value = (Fate, bool)> {
-    (prop_oneof![4 => Just(Fate::Commit), 1 => Just(Fate::Abort), 1 => Just(Fate::FailToCommit)], prop::bool::weighted(0.1))
+    (
+        prop_oneof![4 => Just(Fate::Commit), 1 => Just(Fate::Abort), 1 => Just(Fate::FailToCommit)],
+        prop::bool::weighted(0.1),
+    )
 }
 
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -137,8 +140,12 @@ fn pages(runs: &[Run]) -> Vec<(u64, u64)> {
 
 impl Model {
     fn take_extents(&mut self, ino: u64, range: Range) -> Vec<(u64, u64)> {
-        let taken: Vec<(u64, u64)> =
-            self.extents.iter().filter(|((of, page), _)| *of == ino && range.lo <= *page && *page < range.hi).map(|((_, page), &at)| (*page, at)).collect();
+        let taken: Vec<(u64, u64)> = self
+            .extents
+            .iter()
+            .filter(|((of, page), _)| *of == ino && range.lo <= *page && *page < range.hi)
+            .map(|((_, page), &at)| (*page, at))
+            .collect();
         self.extents.retain(|&(of, page), _| of != ino || page < range.lo || range.hi <= page);
         taken
     }
@@ -228,7 +235,9 @@ impl Model {
                 txn.put_meta(&key, &value).unwrap();
                 self.meta.insert(key, value);
             }
-            Change::AllocateSequence => assert!(sequences.insert(txn.allocate_sequence().unwrap()), "a sequence given out twice"),
+            Change::AllocateSequence => {
+                assert!(sequences.insert(txn.allocate_sequence().unwrap()), "a sequence given out twice")
+            }
         }
     }
 
@@ -248,8 +257,12 @@ impl Model {
                     assert_eq!(txn.parent(Ino(ino))?.map(|parent| parent.0), self.parents.get(&ino).copied());
                     assert_eq!(txn.is_orphan(Ino(ino))?, self.orphans.contains(&ino));
 
-                    let names: BTreeMap<&[u8], u64> =
-                        self.entries.iter().filter(|((of, _), _)| *of == ino).map(|((_, name), &to)| (&name[..], to)).collect();
+                    let names: BTreeMap<&[u8], u64> = self
+                        .entries
+                        .iter()
+                        .filter(|((of, _), _)| *of == ino)
+                        .map(|((_, name), &to)| (&name[..], to))
+                        .collect();
                     assert_eq!(txn.entry_count(Ino(ino))?, names.len() as u64);
                     assert_eq!(txn.is_empty_directory(Ino(ino))?, names.is_empty());
                     // In steps of two, going on from cursors.
@@ -265,14 +278,20 @@ impl Model {
                     assert!(listed.windows(2).all(|pair| pair[0].cursor < pair[1].cursor));
                     assert!(listed.iter().all(|listed| (CURSOR_MIN..1 << 63).contains(&listed.cursor)));
                     assert_eq!(listed.len(), names.len());
-                    assert_eq!(listed.iter().map(|listed| (&listed.name[..], listed.entry.ino.0)).collect::<BTreeMap<_, _>>(), names);
+                    assert_eq!(
+                        listed.iter().map(|listed| (&listed.name[..], listed.entry.ino.0)).collect::<BTreeMap<_, _>>(),
+                        names
+                    );
                     for (name, to) in names {
                         assert_eq!(txn.entry(Ino(ino), name)?.map(|entry| entry.ino.0), Some(to));
                     }
                     assert_eq!(txn.entry(Ino(ino), b"absent")?, None);
 
                     let xattrs: Vec<_> = self.xattrs.iter().filter(|((of, _), _)| *of == ino).collect();
-                    assert_eq!(txn.xattrs(Ino(ino))?, xattrs.iter().map(|((_, name), _)| name.clone()).collect::<Vec<_>>());
+                    assert_eq!(
+                        txn.xattrs(Ino(ino))?,
+                        xattrs.iter().map(|((_, name), _)| name.clone()).collect::<Vec<_>>()
+                    );
                     for ((_, name), value) in xattrs {
                         assert_eq!(txn.xattr(Ino(ino), name)?.as_ref(), Some(value));
                     }
@@ -300,7 +319,8 @@ impl Model {
                 for (&(node, sequence), reply) in &self.replies {
                     assert_eq!(txn.reply(operation(node, sequence))?.as_ref(), Some(reply));
                 }
-                let prepared: Vec<_> = self.prepared.iter().map(|(&id, bytes)| (operation(1, id), bytes.clone())).collect();
+                let prepared: Vec<_> =
+                    self.prepared.iter().map(|(&id, bytes)| (operation(1, id), bytes.clone())).collect();
                 assert_eq!(txn.all_prepared()?, prepared);
                 for (key, value) in &self.meta {
                     assert_eq!(txn.meta(key)?.as_ref(), Some(value));

@@ -75,9 +75,13 @@ fn raw(directory: &std::path::Path, table: &str, change: impl Fn(&[u8], &[u8]) -
     // SAFETY: the store is closed.
     let env = unsafe { options.open(directory).unwrap() };
     let mut txn = env.write_txn().unwrap();
-    let table: heed::Database<heed::types::Bytes, heed::types::Bytes> = env.open_database(&txn, Some(table)).unwrap().unwrap();
-    let records: Vec<(Vec<u8>, Vec<u8>)> =
-        table.iter(&txn).unwrap().map(|item| item.map(|(key, value)| (key.to_vec(), value.to_vec())).unwrap()).collect();
+    let table: heed::Database<heed::types::Bytes, heed::types::Bytes> =
+        env.open_database(&txn, Some(table)).unwrap().unwrap();
+    let records: Vec<(Vec<u8>, Vec<u8>)> = table
+        .iter(&txn)
+        .unwrap()
+        .map(|item| item.map(|(key, value)| (key.to_vec(), value.to_vec())).unwrap())
+        .collect();
     for (key, value) in records {
         if let Some(changed) = change(&key, &value) {
             table.put(&mut txn, &key, &changed).unwrap();
@@ -98,7 +102,10 @@ fn another_version_of_the_format_is_refused() -> Result {
             value
         })
     });
-    assert!(matches!(Store::open(directory.path(), small()), Err(Error::Version { found: 99, supported: FORMAT_VERSION })));
+    assert!(matches!(
+        Store::open(directory.path(), small()),
+        Err(Error::Version { found: 99, supported: FORMAT_VERSION })
+    ));
     raw(directory.path(), "store", |key, _| (key == b"format").then(|| b"short".to_vec()));
     assert!(matches!(Store::open(directory.path(), small()), Err(Error::Corrupt { .. })));
     Ok(())

@@ -28,32 +28,101 @@ pub enum LockMessage {
     // ---- client to server, lane LOCK
     /// `after_releases`: how many RELEASEs this node sent to this server before; the server handles those first,
     /// whatever the order in which the lanes deliver.
-    Lock { request: RequestId, resource: Resource, mode: Mode, need: Range, want: Range, flags: LockFlags, upgrade: Option<GrantId>, after_releases: u64 },
-    Cancel { request: RequestId, resource: Resource },
+    Lock {
+        request: RequestId,
+        resource: Resource,
+        mode: Mode,
+        need: Range,
+        want: Range,
+        flags: LockFlags,
+        upgrade: Option<GrantId>,
+        after_releases: u64,
+    },
+    Cancel {
+        request: RequestId,
+        resource: Resource,
+    },
     // ---- server to client, lane CTRL
     /// `from`: the old holder (slot, grant) from which HANDOVER will come; without it the storage is current.
-    Grant { request: RequestId, grant: GrantId, resource: Resource, range: Range, mode: Mode, from: Option<Successor> },
-    Deny { request: RequestId, errno: i32 },
+    Grant {
+        request: RequestId,
+        grant: GrantId,
+        resource: Resource,
+        range: Range,
+        mode: Mode,
+        from: Option<Successor>,
+    },
+    Deny {
+        request: RequestId,
+        errno: i32,
+    },
     /// Answer to a one-shot request: nothing is granted, the attributes travel in the envelope.
-    Observed { request: RequestId },
+    Observed {
+        request: RequestId,
+    },
     /// `keep`: the mode the holder may keep on `need` (after writing back); `want`: what the waiter could use beyond `need`.
-    Revoke { grant: GrantId, resource: Resource, revoke_sequence: u32, need: Range, want: Range, keep: Option<Mode>, successor: Option<Successor> },
-    Glimpse { grant: GrantId, resource: Resource, round: u32 },
-    Thaw { grant: GrantId, resource: Resource, round: u32 },
+    Revoke {
+        grant: GrantId,
+        resource: Resource,
+        revoke_sequence: u32,
+        need: Range,
+        want: Range,
+        keep: Option<Mode>,
+        successor: Option<Successor>,
+    },
+    Glimpse {
+        grant: GrantId,
+        resource: Resource,
+        round: u32,
+    },
+    Thaw {
+        grant: GrantId,
+        resource: Resource,
+        round: u32,
+    },
     /// To the old holder: the successor has the pages.
-    Done { grant: GrantId, resource: Resource, range: Range },
+    Done {
+        grant: GrantId,
+        resource: Resource,
+        range: Range,
+    },
     /// To the old holder: the successor is gone; flush and release.
-    HandBack { grant: GrantId, resource: Resource, range: Range },
+    HandBack {
+        grant: GrantId,
+        resource: Resource,
+        range: Range,
+    },
     /// Give back about `count` grants, least recently used first.
-    Recall { count: u32 },
+    Recall {
+        count: u32,
+    },
     // ---- client to server, lane ACK
     /// Gives up `range` of `grant`, or keeps it in mode `keep`. The attributes the holder changed travel in the envelope.
-    Release { grant: GrantId, resource: Resource, range: Range, keep: Option<Mode>, revoke_sequence: u32 },
-    Taken { grant: GrantId, resource: Resource },
-    Refused { grant: GrantId, resource: Resource },
-    Glimpsed { grant: GrantId, resource: Resource, round: u32 },
+    Release {
+        grant: GrantId,
+        resource: Resource,
+        range: Range,
+        keep: Option<Mode>,
+        revoke_sequence: u32,
+    },
+    Taken {
+        grant: GrantId,
+        resource: Resource,
+    },
+    Refused {
+        grant: GrantId,
+        resource: Resource,
+    },
+    Glimpsed {
+        grant: GrantId,
+        resource: Resource,
+        round: u32,
+    },
     // ---- server to successor, lane IO
-    Probe { grant: GrantId, resource: Resource },
+    Probe {
+        grant: GrantId,
+        resource: Resource,
+    },
 }
 
 /// The lanes of a pair of nodes, in order: handling a message may wait only on later lanes.
@@ -72,7 +141,15 @@ impl LockMessage {
         use LockMessage::*;
         match self {
             Lock { .. } | Cancel { .. } => Lane::Lock,
-            Grant { .. } | Deny { .. } | Observed { .. } | Revoke { .. } | Glimpse { .. } | Thaw { .. } | Done { .. } | HandBack { .. } | Recall { .. } => Lane::Ctrl,
+            Grant { .. }
+            | Deny { .. }
+            | Observed { .. }
+            | Revoke { .. }
+            | Glimpse { .. }
+            | Thaw { .. }
+            | Done { .. }
+            | HandBack { .. }
+            | Recall { .. } => Lane::Ctrl,
             Release { .. } | Taken { .. } | Refused { .. } | Glimpsed { .. } => Lane::Ack,
             Probe { .. } => Lane::Io,
         }

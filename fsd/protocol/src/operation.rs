@@ -17,11 +17,20 @@ pub const RUNS_MAX: usize = 4096;
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub enum Message {
     Lock(Envelope),
-    Request { id: u64, request: Request },
-    Reply { id: u64, reply: Result<Reply, i32> },
+    Request {
+        id: u64,
+        request: Request,
+    },
+    Reply {
+        id: u64,
+        reply: Result<Reply, i32>,
+    },
     HandOver(HandOver),
     /// Heartbeat; answered by an echo.
-    Beat { number: u64, echo: bool },
+    Beat {
+        number: u64,
+        echo: bool,
+    },
 }
 
 /// A lock message with what the volumes attach to it.
@@ -157,24 +166,55 @@ pub struct FileLock {
 /// Changes of one home, applied in one transaction.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Update {
-    PutEntry { directory: Ino, name: Vec<u8>, ino: Ino, kind: FileKind },
-    DeleteEntry { directory: Ino, name: Vec<u8> },
+    PutEntry {
+        directory: Ino,
+        name: Vec<u8>,
+        ino: Ino,
+        kind: FileKind,
+    },
+    DeleteEntry {
+        directory: Ino,
+        name: Vec<u8>,
+    },
     /// Entries came or went: times, entry count and link count (subdirectories).
-    Touch { directory: Ino, entries: i64, links: i64, time: Time },
-    CreateInode { attributes: Box<Attributes>, target: Vec<u8>, parent: Option<Ino>, xattrs: Vec<(Vec<u8>, Vec<u8>)> },
+    Touch {
+        directory: Ino,
+        entries: i64,
+        links: i64,
+        time: Time,
+    },
+    CreateInode {
+        attributes: Box<Attributes>,
+        target: Vec<u8>,
+        parent: Option<Ino>,
+        xattrs: Vec<(Vec<u8>, Vec<u8>)>,
+    },
     /// Link count of something that is not a directory; at zero it becomes an orphan.
-    Links { ino: Ino, delta: i64, time: Time },
+    Links {
+        ino: Ino,
+        delta: i64,
+        time: Time,
+    },
     /// A directory that must be empty becomes an orphan.
-    RemoveDirectory { ino: Ino, time: Time },
+    RemoveDirectory {
+        ino: Ino,
+        time: Time,
+    },
     /// A renamed inode: ctime, and for a directory its new parent.
-    Moved { ino: Ino, parent: Option<Ino>, time: Time },
+    Moved {
+        ino: Ino,
+        parent: Option<Ino>,
+        time: Time,
+    },
 }
 
 impl Update {
     /// The inode whose home applies this.
     pub fn ino(&self) -> Ino {
         match self {
-            Update::PutEntry { directory, .. } | Update::DeleteEntry { directory, .. } | Update::Touch { directory, .. } => *directory,
+            Update::PutEntry { directory, .. }
+            | Update::DeleteEntry { directory, .. }
+            | Update::Touch { directory, .. } => *directory,
             Update::CreateInode { attributes, .. } => attributes.ino,
             Update::Links { ino, .. } | Update::RemoveDirectory { ino, .. } | Update::Moved { ino, .. } => *ino,
         }
@@ -185,59 +225,165 @@ impl Update {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub enum Request {
     /// A name-space operation, executed by the home under its own locks. Lane NS.
-    Operation { operation: OperationId, acked_below: u64, caller: Caller, kind: Operation },
+    Operation {
+        operation: OperationId,
+        acked_below: u64,
+        caller: Caller,
+        kind: Operation,
+    },
     // ---- lane IO: answered without waiting, but for Sync, Flush and Prepare
     /// An entry, read under the asker's NAME lock.
-    Lookup { directory: Ino, name: Vec<u8> },
+    Lookup {
+        directory: Ino,
+        name: Vec<u8>,
+    },
     /// Entries from `cursor` on, read under the asker's NAME lock.
-    List { directory: Ino, cursor: u64, limit: u32 },
+    List {
+        directory: Ino,
+        cursor: u64,
+        limit: u32,
+    },
     /// The parent of a directory.
-    Parent { directory: Ino },
+    Parent {
+        directory: Ino,
+    },
     /// A fresh inode number.
     ReserveInode,
-    ReadLink { ino: Ino },
-    GetXattr { ino: Ino, name: Vec<u8> },
-    ListXattr { ino: Ino },
+    ReadLink {
+        ino: Ino,
+    },
+    GetXattr {
+        ino: Ino,
+        name: Vec<u8>,
+    },
+    ListXattr {
+        ino: Ino,
+    },
     /// Extents of a range, read under the asker's DATA lock.
-    Layout { ino: Ino, range: Range },
+    Layout {
+        ino: Ino,
+        range: Range,
+    },
     /// The same, allocating what is missing, under the asker's DATA X. `zero`: write zeros to what is new and commit it (fallocate).
-    Allocate { ino: Ino, range: Range, zero: bool },
+    Allocate {
+        ino: Ino,
+        range: Range,
+        zero: bool,
+    },
     /// Pages were written to their extents.
-    Commit { ino: Ino, ranges: Vec<Range> },
+    Commit {
+        ino: Ino,
+        ranges: Vec<Range>,
+    },
     /// Give pages back, under the asker's DATA X.
-    Free { ino: Ino, range: Range },
+    Free {
+        ino: Ino,
+        range: Range,
+    },
     /// Have all holders write back, then make data and attributes of `ino` here durable.
-    Sync { ino: Ino },
+    Sync {
+        ino: Ino,
+    },
     /// To a holder: write back what is dirty in the range, keep the lock.
-    Flush { resource: Resource, range: Range },
-    Prepare { transaction: OperationId, updates: Vec<Update> },
-    Decide { transaction: OperationId, commit: bool },
-    SetFileLock { ino: Ino, space: LockSpace, lock: FileLock, wait: bool, token: u64 },
-    GetFileLock { ino: Ino, space: LockSpace, lock: FileLock },
+    Flush {
+        resource: Resource,
+        range: Range,
+    },
+    Prepare {
+        transaction: OperationId,
+        updates: Vec<Update>,
+    },
+    Decide {
+        transaction: OperationId,
+        commit: bool,
+    },
+    SetFileLock {
+        ino: Ino,
+        space: LockSpace,
+        lock: FileLock,
+        wait: bool,
+        token: u64,
+    },
+    GetFileLock {
+        ino: Ino,
+        space: LockSpace,
+        lock: FileLock,
+    },
     /// The waiting caller gave up.
-    CancelFileLock { ino: Ino, token: u64 },
+    CancelFileLock {
+        ino: Ino,
+        token: u64,
+    },
     /// All locks of an owner go (close).
-    ReleaseFileLocks { ino: Ino, space: LockSpace, owner: LockOwner },
+    ReleaseFileLocks {
+        ino: Ino,
+        space: LockSpace,
+        owner: LockOwner,
+    },
     /// For whom does this owner wait here?
-    WaitsFor { owner: LockOwner },
+    WaitsFor {
+        owner: LockOwner,
+    },
     Statfs,
-    Describe { resource: Resource },
-    DescribeFileLocks { ino: Ino },
+    Describe {
+        resource: Resource,
+    },
+    DescribeFileLocks {
+        ino: Ino,
+    },
 }
 
 /// What a home does for a client under its own locks.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Operation {
     /// `opening`: the asker opens what it makes; the inode stays for that, whoever unlinks it meanwhile.
-    Create { parent: Ino, name: Vec<u8>, new: NewInode, exclusive: bool, opening: bool },
-    MakeDirectory { parent: Ino, name: Vec<u8>, new: NewInode },
-    Unlink { parent: Ino, name: Vec<u8> },
-    RemoveDirectory { parent: Ino, name: Vec<u8> },
-    Link { ino: Ino, parent: Ino, name: Vec<u8> },
-    Rename { parent: Ino, name: Vec<u8>, new_parent: Ino, new_name: Vec<u8>, flags: RenameFlags },
-    Change { ino: Ino, change: Change },
-    SetXattr { ino: Ino, name: Vec<u8>, value: Vec<u8>, create: bool, replace: bool },
-    RemoveXattr { ino: Ino, name: Vec<u8> },
+    Create {
+        parent: Ino,
+        name: Vec<u8>,
+        new: NewInode,
+        exclusive: bool,
+        opening: bool,
+    },
+    MakeDirectory {
+        parent: Ino,
+        name: Vec<u8>,
+        new: NewInode,
+    },
+    Unlink {
+        parent: Ino,
+        name: Vec<u8>,
+    },
+    RemoveDirectory {
+        parent: Ino,
+        name: Vec<u8>,
+    },
+    Link {
+        ino: Ino,
+        parent: Ino,
+        name: Vec<u8>,
+    },
+    Rename {
+        parent: Ino,
+        name: Vec<u8>,
+        new_parent: Ino,
+        new_name: Vec<u8>,
+        flags: RenameFlags,
+    },
+    Change {
+        ino: Ino,
+        change: Change,
+    },
+    SetXattr {
+        ino: Ino,
+        name: Vec<u8>,
+        value: Vec<u8>,
+        create: bool,
+        replace: bool,
+    },
+    RemoveXattr {
+        ino: Ino,
+        name: Vec<u8>,
+    },
 }
 
 /// Space and inodes of one node, or summed over the volume.
@@ -263,17 +409,29 @@ pub enum Reply {
     Done,
     Attributes(Box<Attributes>),
     /// Of an operation that may find the file there: `created` says which.
-    Created { attributes: Box<Attributes>, created: bool },
+    Created {
+        attributes: Box<Attributes>,
+        created: bool,
+    },
     Entry(Option<(Ino, FileKind)>),
-    Entries { entries: Vec<Listed>, end: bool },
+    Entries {
+        entries: Vec<Listed>,
+        end: bool,
+    },
     Ino(Ino),
     Bytes(Vec<u8>),
     Names(Vec<Vec<u8>>),
     /// `key` names the arena; all pages of the asked range without extent are holes.
     /// `allocated`: pages that were new.
-    Extents { key: u32, extents: Vec<Extent>, allocated: u64 },
+    Extents {
+        key: u32,
+        extents: Vec<Extent>,
+        allocated: u64,
+    },
     /// Written back; of ATTR also what the holder changed.
-    Flushed { report: Option<AttributeReport> },
+    Flushed {
+        report: Option<AttributeReport>,
+    },
     Freed(u64),
     /// The attributes of all inodes a decision changed.
     Decided(Vec<Attributes>),
@@ -282,7 +440,10 @@ pub enum Reply {
     FileLocks(Vec<(FileLock, LockSpace, bool)>),
     Owners(Vec<LockOwner>),
     Space(Space),
-    Holders { holders: Vec<Holder>, waiters: Vec<Holder> },
+    Holders {
+        holders: Vec<Holder>,
+        waiters: Vec<Holder>,
+    },
 }
 
 impl Message {

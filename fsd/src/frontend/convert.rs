@@ -86,7 +86,9 @@ pub fn new_time(time: TimeOrNow) -> NewTime {
     match time {
         TimeOrNow::Now => NewTime::Now,
         TimeOrNow::SpecificTime(time) => NewTime::At(match time.duration_since(UNIX_EPOCH) {
-            Ok(since) => Time { seconds: since.as_secs().min(i64::MAX as u64) as i64, nanoseconds: since.subsec_nanos() },
+            Ok(since) => {
+                Time { seconds: since.as_secs().min(i64::MAX as u64) as i64, nanoseconds: since.subsec_nanos() }
+            }
             Err(before) => {
                 let before = before.duration();
                 Time { seconds: 0i64.saturating_sub_unsigned(before.as_secs()), nanoseconds: before.subsec_nanos() }
@@ -103,8 +105,14 @@ mod tests {
     fn times_before_1970_are_read_as_the_kernel_meant_them() {
         // What fuser makes of (-2, 500_000_000), which is 1.5 s before 1970.
         let from_fuser = UNIX_EPOCH - Duration::new(2, 500_000_000);
-        assert_eq!(new_time(TimeOrNow::SpecificTime(from_fuser)), NewTime::At(Time { seconds: -2, nanoseconds: 500_000_000 }));
-        assert_eq!(system_time(Time { seconds: -2, nanoseconds: 500_000_000 }), UNIX_EPOCH - Duration::new(1, 500_000_000));
+        assert_eq!(
+            new_time(TimeOrNow::SpecificTime(from_fuser)),
+            NewTime::At(Time { seconds: -2, nanoseconds: 500_000_000 })
+        );
+        assert_eq!(
+            system_time(Time { seconds: -2, nanoseconds: 500_000_000 }),
+            UNIX_EPOCH - Duration::new(1, 500_000_000)
+        );
     }
 
     #[test]

@@ -27,14 +27,15 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Instant, SystemTime};
 
 use fuser::{
-    AccessFlags, BsdFileFlags, CopyFileRangeFlags, Errno, FileHandle, FileType, Filesystem, FopenFlags, Generation, INodeNo, InitFlags, IoctlFlags,
-    KernelConfig, LockOwner as FuseLockOwner, OpenFlags, RenameFlags as FuseRenameFlags, ReplyAttr, ReplyCreate, ReplyData, ReplyDirectory,
-    ReplyDirectoryPlus, ReplyEmpty, ReplyEntry, ReplyIoctl, ReplyLock, ReplyLseek, ReplyOpen, ReplyStatfs, ReplyWrite, ReplyXattr, Request,
-    TimeOrNow, WriteFlags,
+    AccessFlags, BsdFileFlags, CopyFileRangeFlags, Errno, FileHandle, FileType, Filesystem, FopenFlags, Generation,
+    INodeNo, InitFlags, IoctlFlags, KernelConfig, LockOwner as FuseLockOwner, OpenFlags,
+    RenameFlags as FuseRenameFlags, ReplyAttr, ReplyCreate, ReplyData, ReplyDirectory, ReplyDirectoryPlus, ReplyEmpty,
+    ReplyEntry, ReplyIoctl, ReplyLock, ReplyLseek, ReplyOpen, ReplyStatfs, ReplyWrite, ReplyXattr, Request, TimeOrNow,
+    WriteFlags,
 };
 use verbfs_protocol::{
-    Attributes, Caller, Change, FileKind, FileLock, FileLockKind, Ino, LockOwner, LockSpace, NAME_MAX, NewInode, PAGE_SIZE, RenameFlags, SYMLINK_MAX,
-    XATTR_VALUE_MAX,
+    Attributes, Caller, Change, FileKind, FileLock, FileLockKind, Ino, LockOwner, LockSpace, NAME_MAX, NewInode,
+    PAGE_SIZE, RenameFlags, SYMLINK_MAX, XATTR_VALUE_MAX,
 };
 
 use super::convert::{self, NO_CACHING, ino, node_id};
@@ -73,8 +74,10 @@ const WANTED: [InitFlags; 12] = [
 ];
 
 /// Without these the promise of the file system cannot be kept, and the mount fails.
-const REQUIRED: InitFlags =
-    InitFlags::FUSE_POSIX_LOCKS.union(InitFlags::FUSE_FLOCK_LOCKS).union(InitFlags::FUSE_DONT_MASK).union(InitFlags::FUSE_POSIX_ACL);
+const REQUIRED: InitFlags = InitFlags::FUSE_POSIX_LOCKS
+    .union(InitFlags::FUSE_FLOCK_LOCKS)
+    .union(InitFlags::FUSE_DONT_MASK)
+    .union(InitFlags::FUSE_POSIX_ACL);
 
 /// Offsets of `.` and `..` in a directory; entry cursors of the volume follow, moved up by [`CURSOR_SHIFT`].
 const OFFSET_BEHIND_DOT: u64 = 1;
@@ -93,7 +96,10 @@ const GENERATION: Generation = Generation(0);
 pub(super) fn configure(config: &mut KernelConfig) -> std::io::Result<()> {
     let missing = REQUIRED & !config.capabilities();
     if !missing.is_empty() {
-        return Err(std::io::Error::new(std::io::ErrorKind::Unsupported, format!("this kernel's FUSE lacks {missing:?}")));
+        return Err(std::io::Error::new(
+            std::io::ErrorKind::Unsupported,
+            format!("this kernel's FUSE lacks {missing:?}"),
+        ));
     }
     for wanted in WANTED {
         if let Err(absent) = config.add_capabilities(wanted) {
@@ -175,7 +181,9 @@ impl VerbfsFuse {
     /// Serves the volume of `node`. Starts the thread that watches waiting lock calls.
     pub fn new(node: NodeHandle, observer: Arc<dyn Observer>) -> std::io::Result<VerbfsFuse> {
         let canceller = node.clone();
-        let interrupts = Interrupts::start(Box::new(move |ino, token| canceller.submit(move |volume| async move { volume.cancel_file_lock(ino, token) })))?;
+        let interrupts = Interrupts::start(Box::new(move |ino, token| {
+            canceller.submit(move |volume| async move { volume.cancel_file_lock(ino, token) })
+        }))?;
         Ok(VerbfsFuse { node, observer, lock_owners: Arc::default(), interrupts, next_token: AtomicU64::new(1) })
     }
 
@@ -209,7 +217,13 @@ impl VerbfsFuse {
         Some(if flags & FUSE_LK_FLOCK != 0 { LockSpace::Flock } else { LockSpace::Posix })
     }
 
-    fn get_attribute_bytes(&self, operation: &'static str, size: u32, reply: ReplyXattr, get: impl AsyncFnOnce(std::rc::Rc<Volume>) -> Result<Vec<u8>, volume::Errno> + Send + 'static) {
+    fn get_attribute_bytes(
+        &self,
+        operation: &'static str,
+        size: u32,
+        reply: ReplyXattr,
+        get: impl AsyncFnOnce(std::rc::Rc<Volume>) -> Result<Vec<u8>, volume::Errno> + Send + 'static,
+    ) {
         self.submit(operation, move |volume| async move {
             match get(volume).await {
                 Err(error) => reply.error(errno(error)),
@@ -224,7 +238,9 @@ impl VerbfsFuse {
 /// Namespaces of extended attributes (xattr(7)) that files of this system have.
 fn xattr_name(name: &OsStr) -> Result<Vec<u8>, Errno> {
     let name = name.as_bytes();
-    let known = [b"user.".as_slice(), b"trusted.", b"security."].iter().any(|prefix| name.len() > prefix.len() && name.starts_with(prefix));
+    let known = [b"user.".as_slice(), b"trusted.", b"security."]
+        .iter()
+        .any(|prefix| name.len() > prefix.len() && name.starts_with(prefix));
     if name.len() > NAME_MAX {
         Err(Errno::ERANGE)
     } else if known || name == crate::acl::ACCESS_XATTR || name == crate::acl::DEFAULT_XATTR {
@@ -288,9 +304,22 @@ impl Filesystem for VerbfsFuse {
     }
 
     fn setattr(
-        &self, request: &Request, node: INodeNo, mode: Option<u32>, uid: Option<u32>, gid: Option<u32>, size: Option<u64>, atime: Option<TimeOrNow>,
-        mtime: Option<TimeOrNow>, _ctime: Option<SystemTime>, _handle: Option<FileHandle>, _crtime: Option<SystemTime>, _chgtime: Option<SystemTime>,
-        _bkuptime: Option<SystemTime>, _flags: Option<BsdFileFlags>, reply: ReplyAttr,
+        &self,
+        request: &Request,
+        node: INodeNo,
+        mode: Option<u32>,
+        uid: Option<u32>,
+        gid: Option<u32>,
+        size: Option<u64>,
+        atime: Option<TimeOrNow>,
+        mtime: Option<TimeOrNow>,
+        _ctime: Option<SystemTime>,
+        _handle: Option<FileHandle>,
+        _crtime: Option<SystemTime>,
+        _chgtime: Option<SystemTime>,
+        _bkuptime: Option<SystemTime>,
+        _flags: Option<BsdFileFlags>,
+        reply: ReplyAttr,
     ) {
         let (caller, node) = (caller(request), ino(node));
         let change = Change {
@@ -331,7 +360,16 @@ impl Filesystem for VerbfsFuse {
         });
     }
 
-    fn mknod(&self, request: &Request, parent: INodeNo, entry: &OsStr, mode: u32, umask: u32, rdev: u32, reply: ReplyEntry) {
+    fn mknod(
+        &self,
+        request: &Request,
+        parent: INodeNo,
+        entry: &OsStr,
+        mode: u32,
+        umask: u32,
+        rdev: u32,
+        reply: ReplyEntry,
+    ) {
         let (caller, parent, entry) = (caller(request), ino(parent), or_reply!(reply, name(entry)));
         let kind = or_reply!(reply, convert::kind_of_mode(mode).ok_or(Errno::EINVAL));
         let new = NewInode { kind, mode: mode & 0o7777, umask, rdev, target: Vec::new() };
@@ -351,12 +389,17 @@ impl Filesystem for VerbfsFuse {
 
     fn unlink(&self, request: &Request, parent: INodeNo, entry: &OsStr, reply: ReplyEmpty) {
         let (caller, parent, entry) = (caller(request), ino(parent), or_reply!(reply, name(entry)));
-        self.submit("unlink", move |volume| async move { reply_empty(reply, volume.unlink(caller, parent, &entry).await) });
+        self.submit(
+            "unlink",
+            move |volume| async move { reply_empty(reply, volume.unlink(caller, parent, &entry).await) },
+        );
     }
 
     fn rmdir(&self, request: &Request, parent: INodeNo, entry: &OsStr, reply: ReplyEmpty) {
         let (caller, parent, entry) = (caller(request), ino(parent), or_reply!(reply, name(entry)));
-        self.submit("rmdir", move |volume| async move { reply_empty(reply, volume.remove_directory(caller, parent, &entry).await) });
+        self.submit("rmdir", move |volume| async move {
+            reply_empty(reply, volume.remove_directory(caller, parent, &entry).await)
+        });
     }
 
     fn symlink(&self, request: &Request, parent: INodeNo, entry: &OsStr, target: &Path, reply: ReplyEntry) {
@@ -372,7 +415,16 @@ impl Filesystem for VerbfsFuse {
         });
     }
 
-    fn rename(&self, request: &Request, parent: INodeNo, entry: &OsStr, new_parent: INodeNo, new_entry: &OsStr, flags: FuseRenameFlags, reply: ReplyEmpty) {
+    fn rename(
+        &self,
+        request: &Request,
+        parent: INodeNo,
+        entry: &OsStr,
+        new_parent: INodeNo,
+        new_entry: &OsStr,
+        flags: FuseRenameFlags,
+        reply: ReplyEmpty,
+    ) {
         let (caller, parent, entry) = (caller(request), ino(parent), or_reply!(reply, name(entry)));
         let (new_parent, new_entry) = (ino(new_parent), or_reply!(reply, name(new_entry)));
         let known = FuseRenameFlags::RENAME_NOREPLACE | FuseRenameFlags::RENAME_EXCHANGE;
@@ -389,8 +441,11 @@ impl Filesystem for VerbfsFuse {
     }
 
     fn link(&self, request: &Request, node: INodeNo, new_parent: INodeNo, new_entry: &OsStr, reply: ReplyEntry) {
-        let (caller, node, new_parent, new_entry) = (caller(request), ino(node), ino(new_parent), or_reply!(reply, name(new_entry)));
-        self.submit("link", move |volume| async move { reply_entry(reply, volume.link(caller, node, new_parent, &new_entry).await) });
+        let (caller, node, new_parent, new_entry) =
+            (caller(request), ino(node), ino(new_parent), or_reply!(reply, name(new_entry)));
+        self.submit("link", move |volume| async move {
+            reply_entry(reply, volume.link(caller, node, new_parent, &new_entry).await)
+        });
     }
 
     fn open(&self, _request: &Request, node: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
@@ -402,12 +457,22 @@ impl Filesystem for VerbfsFuse {
         });
     }
 
-    fn create(&self, request: &Request, parent: INodeNo, entry: &OsStr, mode: u32, umask: u32, flags: i32, reply: ReplyCreate) {
+    fn create(
+        &self,
+        request: &Request,
+        parent: INodeNo,
+        entry: &OsStr,
+        mode: u32,
+        umask: u32,
+        flags: i32,
+        reply: ReplyCreate,
+    ) {
         let (caller, parent, entry) = (caller(request), ino(parent), or_reply!(reply, name(entry)));
         let new = NewInode { kind: FileKind::Regular, mode: mode & 0o7777, umask, rdev: 0, target: Vec::new() };
         self.submit("create", move |volume| async move {
             let result = async {
-                let (mut found, created) = volume.create(caller, parent, &entry, new, flags & libc::O_EXCL != 0, true).await?;
+                let (mut found, created) =
+                    volume.create(caller, parent, &entry, new, flags & libc::O_EXCL != 0, true).await?;
                 if !created && !may_open_found(&found, caller, flags) {
                     return Err(volume::Errno(libc::ESTALE));
                 }
@@ -425,13 +490,25 @@ impl Filesystem for VerbfsFuse {
                 Ok((found, handle))
             };
             match result.await {
-                Ok((found, handle)) => reply.created(&NO_CACHING, &convert::attributes(&found), GENERATION, FileHandle(handle), OPEN_FLAGS),
+                Ok((found, handle)) => {
+                    reply.created(&NO_CACHING, &convert::attributes(&found), GENERATION, FileHandle(handle), OPEN_FLAGS)
+                }
                 Err(error) => reply.error(errno(error)),
             }
         });
     }
 
-    fn read(&self, _request: &Request, _node: INodeNo, handle: FileHandle, offset: u64, size: u32, _flags: OpenFlags, owner: Option<FuseLockOwner>, reply: ReplyData) {
+    fn read(
+        &self,
+        _request: &Request,
+        _node: INodeNo,
+        handle: FileHandle,
+        offset: u64,
+        size: u32,
+        _flags: OpenFlags,
+        owner: Option<FuseLockOwner>,
+        reply: ReplyData,
+    ) {
         // The kernel names a lock owner in direct reads only: it has none when it fills pages (a fault, read-ahead,
         // sendfile), and then it holds those pages locked.
         let page_cache = owner.is_none();
@@ -444,8 +521,16 @@ impl Filesystem for VerbfsFuse {
     }
 
     fn write(
-        &self, request: &Request, _node: INodeNo, handle: FileHandle, offset: u64, data: &[u8], write_flags: WriteFlags, flags: OpenFlags,
-        _owner: Option<FuseLockOwner>, reply: ReplyWrite,
+        &self,
+        request: &Request,
+        _node: INodeNo,
+        handle: FileHandle,
+        offset: u64,
+        data: &[u8],
+        write_flags: WriteFlags,
+        flags: OpenFlags,
+        _owner: Option<FuseLockOwner>,
+        reply: ReplyWrite,
     ) {
         let page_cache = write_flags.contains(WriteFlags::FUSE_WRITE_CACHE);
         let append = flags.0 & libc::O_APPEND != 0 && !page_cache;
@@ -473,7 +558,16 @@ impl Filesystem for VerbfsFuse {
         });
     }
 
-    fn release(&self, _request: &Request, node: INodeNo, handle: FileHandle, _flags: OpenFlags, flock_owner: Option<FuseLockOwner>, _flush: bool, reply: ReplyEmpty) {
+    fn release(
+        &self,
+        _request: &Request,
+        node: INodeNo,
+        handle: FileHandle,
+        _flags: OpenFlags,
+        flock_owner: Option<FuseLockOwner>,
+        _flush: bool,
+        reply: ReplyEmpty,
+    ) {
         let node = ino(node);
         let open_file_owners = self.lock_owners.released(node, handle.0);
         self.submit("release", move |volume| async move {
@@ -509,7 +603,10 @@ impl Filesystem for VerbfsFuse {
 
     fn readdir(&self, _request: &Request, node: INodeNo, _handle: FileHandle, offset: u64, mut reply: ReplyDirectory) {
         self.submit("readdir", move |volume| async move {
-            let listed = scan(&volume, ino(node), offset, async |entry: Scanned| Ok(reply.add(node_id(entry.ino), entry.offset, entry.kind, OsStr::from_bytes(&entry.name)))).await;
+            let listed = scan(&volume, ino(node), offset, async |entry: Scanned| {
+                Ok(reply.add(node_id(entry.ino), entry.offset, entry.kind, OsStr::from_bytes(&entry.name)))
+            })
+            .await;
             match listed {
                 Ok(()) => reply.ok(),
                 Err(error) => reply.error(errno(error)),
@@ -517,18 +614,33 @@ impl Filesystem for VerbfsFuse {
         });
     }
 
-    fn readdirplus(&self, _request: &Request, node: INodeNo, _handle: FileHandle, offset: u64, mut reply: ReplyDirectoryPlus) {
+    fn readdirplus(
+        &self,
+        _request: &Request,
+        node: INodeNo,
+        _handle: FileHandle,
+        offset: u64,
+        mut reply: ReplyDirectoryPlus,
+    ) {
         self.submit("readdirplus", move |volume| async move {
-            let listed = scan(&volume, ino(node), offset, async |entry: Scanned| match volume.attributes(entry.ino).await {
-                Ok(found) => {
-                    let name = OsStr::from_bytes(&entry.name);
-                    Ok(reply.add(node_id(entry.ino), entry.offset, name, &NO_CACHING, &convert::attributes(&found), GENERATION))
-                }
-                // Removed since it was listed.
-                Err(error) if error.0 == libc::ENOENT => Ok(false),
-                Err(error) => Err(error),
-            })
-            .await;
+            let listed =
+                scan(&volume, ino(node), offset, async |entry: Scanned| match volume.attributes(entry.ino).await {
+                    Ok(found) => {
+                        let name = OsStr::from_bytes(&entry.name);
+                        Ok(reply.add(
+                            node_id(entry.ino),
+                            entry.offset,
+                            name,
+                            &NO_CACHING,
+                            &convert::attributes(&found),
+                            GENERATION,
+                        ))
+                    }
+                    // Removed since it was listed.
+                    Err(error) if error.0 == libc::ENOENT => Ok(false),
+                    Err(error) => Err(error),
+                })
+                .await;
             match listed {
                 Ok(()) => reply.ok(),
                 Err(error) => reply.error(errno(error)),
@@ -544,7 +656,10 @@ impl Filesystem for VerbfsFuse {
     }
 
     fn fsyncdir(&self, _request: &Request, node: INodeNo, _handle: FileHandle, data_only: bool, reply: ReplyEmpty) {
-        self.submit("fsyncdir", move |volume| async move { reply_empty(reply, volume.fsync(ino(node), data_only).await) });
+        self.submit(
+            "fsyncdir",
+            move |volume| async move { reply_empty(reply, volume.fsync(ino(node), data_only).await) },
+        );
     }
 
     fn statfs(&self, _request: &Request, _node: INodeNo, reply: ReplyStatfs) {
@@ -565,7 +680,16 @@ impl Filesystem for VerbfsFuse {
         });
     }
 
-    fn setxattr(&self, request: &Request, node: INodeNo, attribute: &OsStr, value: &[u8], flags: i32, _position: u32, reply: ReplyEmpty) {
+    fn setxattr(
+        &self,
+        request: &Request,
+        node: INodeNo,
+        attribute: &OsStr,
+        value: &[u8],
+        flags: i32,
+        _position: u32,
+        reply: ReplyEmpty,
+    ) {
         let (caller, node, attribute) = (caller(request), ino(node), or_reply!(reply, xattr_name(attribute)));
         let (create, replace) = (flags & libc::XATTR_CREATE != 0, flags & libc::XATTR_REPLACE != 0);
         if value.len() > XATTR_VALUE_MAX {
@@ -579,7 +703,9 @@ impl Filesystem for VerbfsFuse {
 
     fn getxattr(&self, _request: &Request, node: INodeNo, attribute: &OsStr, size: u32, reply: ReplyXattr) {
         let attribute = or_reply!(reply, xattr_name(attribute));
-        self.get_attribute_bytes("getxattr", size, reply, async move |volume: std::rc::Rc<Volume>| volume.get_xattr(ino(node), &attribute).await);
+        self.get_attribute_bytes("getxattr", size, reply, async move |volume: std::rc::Rc<Volume>| {
+            volume.get_xattr(ino(node), &attribute).await
+        });
     }
 
     fn listxattr(&self, request: &Request, node: INodeNo, size: u32, reply: ReplyXattr) {
@@ -598,7 +724,9 @@ impl Filesystem for VerbfsFuse {
 
     fn removexattr(&self, request: &Request, node: INodeNo, attribute: &OsStr, reply: ReplyEmpty) {
         let (caller, node, attribute) = (caller(request), ino(node), or_reply!(reply, xattr_name(attribute)));
-        self.submit("removexattr", move |volume| async move { reply_empty(reply, volume.remove_xattr(caller, node, &attribute).await) });
+        self.submit("removexattr", move |volume| async move {
+            reply_empty(reply, volume.remove_xattr(caller, node, &attribute).await)
+        });
     }
 
     /// Never asked under `default_permissions`.
@@ -607,10 +735,22 @@ impl Filesystem for VerbfsFuse {
     }
 
     fn getlk(
-        &self, request: &Request, node: INodeNo, handle: FileHandle, owner: FuseLockOwner, start: u64, end: u64, kind: i32, pid: u32, reply: ReplyLock,
+        &self,
+        request: &Request,
+        node: INodeNo,
+        handle: FileHandle,
+        owner: FuseLockOwner,
+        start: u64,
+        end: u64,
+        kind: i32,
+        pid: u32,
+        reply: ReplyLock,
     ) {
-        let space = Self::lock_space(request, LockArguments { handle: handle.0, owner: owner.0, start, end, kind, pid });
-        let (Some(space), Some(kind)) = (space, lock_kind(kind)) else { return reply.error(if space.is_none() { Errno::EIO } else { Errno::EINVAL }) };
+        let space =
+            Self::lock_space(request, LockArguments { handle: handle.0, owner: owner.0, start, end, kind, pid });
+        let (Some(space), Some(kind)) = (space, lock_kind(kind)) else {
+            return reply.error(if space.is_none() { Errno::EIO } else { Errno::EINVAL });
+        };
         let lock = FileLock { start, end, kind, owner: LockOwner { slot: 0, incarnation: 0, owner: owner.0, pid } };
         self.submit("getlk", move |volume| async move {
             match volume.get_file_lock(ino(node), space, lock).await {
@@ -622,12 +762,24 @@ impl Filesystem for VerbfsFuse {
     }
 
     fn setlk(
-        &self, request: &Request, node: INodeNo, handle: FileHandle, owner: FuseLockOwner, start: u64, end: u64, kind: i32, pid: u32, sleep: bool,
+        &self,
+        request: &Request,
+        node: INodeNo,
+        handle: FileHandle,
+        owner: FuseLockOwner,
+        start: u64,
+        end: u64,
+        kind: i32,
+        pid: u32,
+        sleep: bool,
         reply: ReplyEmpty,
     ) {
         let node = ino(node);
-        let space = Self::lock_space(request, LockArguments { handle: handle.0, owner: owner.0, start, end, kind, pid });
-        let (Some(space), Some(kind)) = (space, lock_kind(kind)) else { return reply.error(if space.is_none() { Errno::EIO } else { Errno::EINVAL }) };
+        let space =
+            Self::lock_space(request, LockArguments { handle: handle.0, owner: owner.0, start, end, kind, pid });
+        let (Some(space), Some(kind)) = (space, lock_kind(kind)) else {
+            return reply.error(if space.is_none() { Errno::EIO } else { Errno::EINVAL });
+        };
         if start > end {
             return reply.error(Errno::EINVAL);
         }
@@ -646,7 +798,17 @@ impl Filesystem for VerbfsFuse {
         });
     }
 
-    fn ioctl(&self, _request: &Request, _node: INodeNo, _handle: FileHandle, _flags: IoctlFlags, _command: u32, _data: &[u8], _size: u32, reply: ReplyIoctl) {
+    fn ioctl(
+        &self,
+        _request: &Request,
+        _node: INodeNo,
+        _handle: FileHandle,
+        _flags: IoctlFlags,
+        _command: u32,
+        _data: &[u8],
+        _size: u32,
+        reply: ReplyIoctl,
+    ) {
         reply.error(Errno::ENOTTY);
     }
 
@@ -655,13 +817,28 @@ impl Filesystem for VerbfsFuse {
     }
 
     fn poll(
-        &self, _request: &Request, _node: INodeNo, _handle: FileHandle, _notifier: fuser::PollNotifier, _events: fuser::PollEvents, _flags: fuser::PollFlags,
+        &self,
+        _request: &Request,
+        _node: INodeNo,
+        _handle: FileHandle,
+        _notifier: fuser::PollNotifier,
+        _events: fuser::PollEvents,
+        _flags: fuser::PollFlags,
         reply: fuser::ReplyPoll,
     ) {
         reply.error(Errno::ENOSYS);
     }
 
-    fn fallocate(&self, request: &Request, _node: INodeNo, handle: FileHandle, offset: u64, length: u64, mode: i32, reply: ReplyEmpty) {
+    fn fallocate(
+        &self,
+        request: &Request,
+        _node: INodeNo,
+        handle: FileHandle,
+        offset: u64,
+        length: u64,
+        mode: i32,
+        reply: ReplyEmpty,
+    ) {
         const ALLOCATE: i32 = 0;
         const PUNCH: i32 = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
         const ZERO_KEEP: i32 = libc::FALLOC_FL_ZERO_RANGE | libc::FALLOC_FL_KEEP_SIZE;
@@ -674,7 +851,15 @@ impl Filesystem for VerbfsFuse {
         });
     }
 
-    fn lseek(&self, _request: &Request, node: INodeNo, _handle: FileHandle, offset: i64, whence: i32, reply: ReplyLseek) {
+    fn lseek(
+        &self,
+        _request: &Request,
+        node: INodeNo,
+        _handle: FileHandle,
+        offset: i64,
+        whence: i32,
+        reply: ReplyLseek,
+    ) {
         let hole = match whence {
             libc::SEEK_HOLE => true,
             libc::SEEK_DATA => false,
@@ -692,8 +877,17 @@ impl Filesystem for VerbfsFuse {
     }
 
     fn copy_file_range(
-        &self, request: &Request, _from: INodeNo, from_handle: FileHandle, from_offset: u64, _to: INodeNo, to_handle: FileHandle, to_offset: u64, length: u64,
-        flags: CopyFileRangeFlags, reply: ReplyWrite,
+        &self,
+        request: &Request,
+        _from: INodeNo,
+        from_handle: FileHandle,
+        from_offset: u64,
+        _to: INodeNo,
+        to_handle: FileHandle,
+        to_offset: u64,
+        length: u64,
+        flags: CopyFileRangeFlags,
+        reply: ReplyWrite,
     ) {
         if flags.bits() != 0 {
             return reply.error(Errno::EINVAL);
@@ -702,7 +896,8 @@ impl Filesystem for VerbfsFuse {
         const MOST: u64 = u32::MAX as u64 & !(PAGE_SIZE - 1);
         let caller = caller(request);
         self.submit("copy_file_range", move |volume| async move {
-            match volume.copy_range(caller, from_handle.0, from_offset, to_handle.0, to_offset, length.min(MOST)).await {
+            match volume.copy_range(caller, from_handle.0, from_offset, to_handle.0, to_offset, length.min(MOST)).await
+            {
                 Ok(copied) => reply.written(copied as u32),
                 Err(error) => reply.error(errno(error)),
             }
@@ -740,7 +935,12 @@ struct Scanned {
 ///
 /// Nothing is kept between calls: an offset says all there is to say, so seekdir(3) works and a scan
 /// sees what is there when it gets there.
-async fn scan(volume: &std::rc::Rc<Volume>, directory: Ino, offset: u64, mut add: impl AsyncFnMut(Scanned) -> Result<bool, volume::Errno>) -> Result<(), volume::Errno> {
+async fn scan(
+    volume: &std::rc::Rc<Volume>,
+    directory: Ino,
+    offset: u64,
+    mut add: impl AsyncFnMut(Scanned) -> Result<bool, volume::Errno>,
+) -> Result<(), volume::Errno> {
     if offset >= OFFSET_END {
         return Ok(());
     }
@@ -808,7 +1008,10 @@ mod tests {
         assert!(!may_open_found(&file(0o444, 5), user(5), libc::O_RDONLY | libc::O_TRUNC));
         assert!(may_open_found(&file(0o666, 5), user(6), libc::O_WRONLY));
         assert!(!may_open_found(&file(0o606, 5), user(6), libc::O_WRONLY), "the caller may be in the group");
-        assert!(!may_open_found(&Attributes { has_xattrs: true, ..file(0o666, 5) }, user(6), libc::O_RDONLY), "there may be a list");
+        assert!(
+            !may_open_found(&Attributes { has_xattrs: true, ..file(0o666, 5) }, user(6), libc::O_RDONLY),
+            "there may be a list"
+        );
         assert!(!may_open_found(&Attributes { kind: FileKind::Fifo, ..file(0o666, 5) }, user(0), libc::O_RDONLY));
     }
 

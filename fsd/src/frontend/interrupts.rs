@@ -127,7 +127,8 @@ impl Shared {
                 continue;
             }
             // No lock is held here: reading /proc may take a while, and cancelling enters the volume.
-            let looked: Vec<_> = waiting.into_iter().map(|(token, waiter)| (token, waiter, Pending::of_thread(waiter.thread))).collect();
+            let looked: Vec<_> =
+                waiting.into_iter().map(|(token, waiter)| (token, waiter, Pending::of_thread(waiter.thread))).collect();
             {
                 let mut state = self.state.lock();
                 for (token, _, pending) in &looked {
@@ -208,7 +209,9 @@ mod tests {
     use super::*;
 
     fn status(thread: u64, process: u64, blocked: u64, ignored: u64) -> String {
-        format!("Name:\tx\nState:\tD (disk sleep)\nSigPnd:\t{thread:016x}\nShdPnd:\t{process:016x}\nSigBlk:\t{blocked:016x}\nSigIgn:\t{ignored:016x}\n")
+        format!(
+            "Name:\tx\nState:\tD (disk sleep)\nSigPnd:\t{thread:016x}\nShdPnd:\t{process:016x}\nSigBlk:\t{blocked:016x}\nSigIgn:\t{ignored:016x}\n"
+        )
     }
 
     #[test]
@@ -230,9 +233,16 @@ mod tests {
     #[test]
     fn one_thread_of_a_process_takes_a_shared_signal() {
         let waiter = |thread, seen_shared| Waiter { thread, process: 10, ino: Ino(1), seen_shared };
-        let looked = vec![(1, waiter(12, true), Pending::Process), (2, waiter(10, true), Pending::Process), (3, waiter(11, false), Pending::Thread)];
+        let looked = vec![
+            (1, waiter(12, true), Pending::Process),
+            (2, waiter(10, true), Pending::Process),
+            (3, waiter(11, false), Pending::Thread),
+        ];
         assert_eq!(to_cancel(looked), [(Ino(1), 2), (Ino(1), 3)]);
-        assert_eq!(to_cancel(vec![(1, waiter(12, true), Pending::Process), (2, waiter(11, true), Pending::Process)]), [(Ino(1), 2)]);
+        assert_eq!(
+            to_cancel(vec![(1, waiter(12, true), Pending::Process), (2, waiter(11, true), Pending::Process)]),
+            [(Ino(1), 2)]
+        );
         assert_eq!(to_cancel(vec![(1, waiter(10, false), Pending::Process)]), []);
     }
 }

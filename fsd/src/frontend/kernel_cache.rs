@@ -30,7 +30,11 @@ impl KernelCache for FuseKernelCache {
         match notifier.inval_inode(super::convert::node_id(ino), offset, length) {
             Ok(()) => {}
             // The kernel has no such inode (ENOENT never gets here: fuser takes it for success), or the mount is gone.
-            Err(error) if matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ENODEV | libc::ENOTCONN | libc::EPERM | libc::ECONNABORTED)) => {}
+            Err(error)
+                if matches!(
+                    error.raw_os_error(),
+                    Some(libc::ENOENT | libc::ENODEV | libc::ENOTCONN | libc::EPERM | libc::ECONNABORTED)
+                ) => {}
             Err(error) => tracing::warn!(%ino, offset, length, %error, "the kernel refused to drop cached pages"),
         }
     }
@@ -40,7 +44,9 @@ impl KernelCache for FuseKernelCache {
 fn kernel_range(offset: u64, length: u64) -> (i64, i64) {
     match (i64::try_from(offset), length) {
         (_, 0) | (Err(_), _) => (-1, 0),
-        (Ok(start), length) => (start, i64::try_from(length).ok().filter(|length| start.checked_add(*length).is_some()).unwrap_or(0)),
+        (Ok(start), length) => {
+            (start, i64::try_from(length).ok().filter(|length| start.checked_add(*length).is_some()).unwrap_or(0))
+        }
     }
 }
 

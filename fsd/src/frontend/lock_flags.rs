@@ -66,7 +66,14 @@ pub fn flags(request: &Request, expected: LockArguments) -> Option<u32> {
 fn parse(arguments: &[u8; LOCK_BYTES], expected: LockArguments) -> Option<u32> {
     let long = |at: usize| u64::from_ne_bytes(std::array::from_fn(|i| arguments[at + i]));
     let short = |at: usize| u32::from_ne_bytes(std::array::from_fn(|i| arguments[at + i]));
-    let seen = LockArguments { handle: long(0), owner: long(8), start: long(16), end: long(24), kind: short(32) as i32, pid: short(36) };
+    let seen = LockArguments {
+        handle: long(0),
+        owner: long(8),
+        start: long(16),
+        end: long(24),
+        kind: short(32) as i32,
+        pid: short(36),
+    };
     (seen == expected).then(|| short(40))
 }
 

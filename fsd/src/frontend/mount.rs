@@ -6,7 +6,7 @@
 use std::ffi::{CStr, CString};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
@@ -18,8 +18,6 @@ use super::fuse::VerbfsFuse;
 use super::kernel_cache::FuseKernelCache;
 use crate::volume::NodeHandle;
 
-/// How long a mount may take to answer its first request.
-const ANSWER_PATIENCE: Duration = Duration::from_secs(20);
 /// How long an unmount waits for programs that still use the mount, before it detaches it.
 const BUSY_PATIENCE: Duration = Duration::from_secs(5);
 /// How long a detached mount may go on serving what is still open, before its connection is aborted.
@@ -48,14 +46,6 @@ pub enum MountError {
         /// What the kernel or `fuser` said.
         source: std::io::Error,
     },
-    /// Mounted, but it does not answer; it was unmounted again.
-    #[error("the mount at {} does not answer: {reason}", path.display())]
-    Silent {
-        /// The mount point.
-        path: PathBuf,
-        /// What was seen.
-        reason: String,
-    },
     /// It could not be unmounted.
     #[error("cannot unmount {}: {source}", path.display())]
     Unmount {
@@ -70,7 +60,9 @@ pub enum MountError {
 fn hint(error: &std::io::Error) -> &'static str {
     match error.raw_os_error() {
         Some(libc::ENOENT) => " (is there a /dev/fuse? try: modprobe fuse)",
-        Some(libc::EPERM | libc::EACCES) => " (mounting needs root, or in a container --device /dev/fuse --cap-add SYS_ADMIN)",
+        Some(libc::EPERM | libc::EACCES) => {
+            " (mounting needs root, or in a container --device /dev/fuse --cap-add SYS_ADMIN)"
+        }
         Some(libc::ENODEV) => " (this kernel has no FUSE: try: modprobe fuse)",
         _ => "",
     }
@@ -103,19 +95,32 @@ pub struct Mounted {
     connection: Option<u32>,
 }
 
-/// Mounts the volume of `node` at `path`, and returns when it answers. Pages that the kernel caches are dropped through `cache`.
-pub fn mount(node: NodeHandle, path: &Path, options: &MountOptions, cache: &FuseKernelCache, observer: Arc<dyn Observer>) -> Result<Mounted, MountError> {
-    let filesystem = VerbfsFuse::new(node, observer).map_err(|source| MountError::Mount { path: path.into(), source })?;
+/// Mounts the volume of `node` at `path`. Pages that the kernel caches are dropped through `cache`.
+pub fn mount(
+    node: NodeHandle,
+    path: &Path,
+    options: &MountOptions,
+    cache: &FuseKernelCache,
+    observer: Arc<dyn Observer>,
+) -> Result<Mounted, MountError> {
+    let filesystem =
+        VerbfsFuse::new(node, observer).map_err(|source| MountError::Mount { path: path.into(), source })?;
     mount_filesystem(filesystem, path, options, |notifier| cache.attach(notifier))
 }
 
 /// Mounts any file system by the same options; `attach` gets the notifier before the first request is answered.
-pub(super) fn mount_filesystem<F: Filesystem>(filesystem: F, path: &Path, options: &MountOptions, attach: impl FnOnce(fuser::Notifier)) -> Result<Mounted, MountError> {
+pub(super) fn mount_filesystem<F: Filesystem>(
+    filesystem: F,
+    path: &Path,
+    options: &MountOptions,
+    attach: impl FnOnce(fuser::Notifier),
+) -> Result<Mounted, MountError> {
     let path = prepare(path)?;
     let mut config = Config::default();
     config.n_threads = Some(options.threads.max(1));
     config.clone_fd = options.clone_device;
-    let device = mount_call(&path, &options.source).map_err(|source| MountError::Mount { path: path.clone(), source })?;
+    let device =
+        mount_call(&path, &options.source).map_err(|source| MountError::Mount { path: path.clone(), source })?;
     // Whatever fails from here on leaves nothing mounted.
     let failed = |source| {
         let _ = unmount_call(&path, libc::MNT_DETACH);
@@ -124,11 +129,9 @@ pub(super) fn mount_filesystem<F: Filesystem>(filesystem: F, path: &Path, option
     let session = Session::from_fd(filesystem, device, SessionACL::All, config).map_err(failed)?;
     attach(session.notifier());
     let session = session.spawn().map_err(failed)?;
-    let mut mounted = Mounted { path: path.clone(), session: Some(session), connection: None };
-    match answers(&path) {
-        Ok(device) => mounted.connection = Some(libc::minor(device)),
-        Err(reason) => return Err(MountError::Silent { path, reason }),
-    }
+    // From the table of mounts, not by stat: a request of this process to its own mount that is not answered would keep
+    // the process from ever ending, however it is killed.
+    let mounted = Mounted { path: path.clone(), session: Some(session), connection: connection_of(&path) };
     tracing::info!(path = %path.display(), threads = options.threads, "mounted");
     Ok(mounted)
 }
@@ -137,7 +140,9 @@ pub(super) fn mount_filesystem<F: Filesystem>(filesystem: F, path: &Path, option
 fn prepare(path: &Path) -> Result<PathBuf, MountError> {
     for _ in 0..MOST_STACKED {
         let error = match std::fs::metadata(path) {
-            Ok(found) if found.is_dir() => return path.canonicalize().map_err(|source| MountError::Mount { path: path.into(), source }),
+            Ok(found) if found.is_dir() => {
+                return path.canonicalize().map_err(|source| MountError::Mount { path: path.into(), source });
+            }
             Ok(_) => return Err(MountError::Path { path: path.into(), reason: "not a directory".into() }),
             Err(error) => error,
         };
@@ -150,23 +155,37 @@ fn prepare(path: &Path) -> Result<PathBuf, MountError> {
     Err(MountError::Path { path: path.into(), reason: "dead mounts lie on top of each other and do not end".into() })
 }
 
-/// Waits for the first answer to stat(2) of the root: the device number of the mount.
-///
-/// The call is made on a thread of its own: a mount that hangs takes the caller of stat with it.
-fn answers(path: &Path) -> Result<u64, String> {
-    let (sender, receiver) = mpsc::channel();
-    let root = path.to_path_buf();
-    std::thread::Builder::new()
-        .name("mount-check".into())
-        .spawn(move || {
-            let _ = sender.send(std::fs::metadata(&root).map(|found| found.dev()));
-        })
-        .map_err(|error| error.to_string())?;
-    match receiver.recv_timeout(ANSWER_PATIENCE) {
-        Ok(Ok(device)) => Ok(device),
-        Ok(Err(error)) => Err(error.to_string()),
-        Err(_) => Err(format!("no reply within {} s", ANSWER_PATIENCE.as_secs())),
+/// The name of a mount's connection below /sys/fs/fuse/connections: the minor number of its device.
+fn connection_of(path: &Path) -> Option<u32> {
+    let table = std::fs::read_to_string("/proc/self/mountinfo").ok()?;
+    // The last mount at a path is the one seen. Fields: id, parent, MAJOR:MINOR, root, mount point, ...
+    table.lines().rev().find_map(|line| {
+        let mut fields = line.split(' ');
+        let device = fields.nth(2)?;
+        let point = unescape(fields.nth(1)?);
+        (point == path.as_os_str().as_bytes()).then(|| device.split(':').nth(1)?.parse().ok())?
+    })
+}
+
+/// Undoes the octal escapes of the table of mounts (proc(5): white space and backslash).
+fn unescape(field: &str) -> Vec<u8> {
+    let bytes = field.as_bytes();
+    let mut plain = Vec::with_capacity(bytes.len());
+    let mut at = 0;
+    while at < bytes.len() {
+        let octal = bytes.get(at + 1..at + 4).filter(|_| bytes[at] == b'\\');
+        match octal.and_then(|digits| u8::from_str_radix(std::str::from_utf8(digits).ok()?, 8).ok()) {
+            Some(byte) => {
+                plain.push(byte);
+                at += 4;
+            }
+            None => {
+                plain.push(bytes[at]);
+                at += 1;
+            }
+        }
     }
+    plain
 }
 
 /// Opens the FUSE device and mounts it: mount(2) by root. Set-id bits and devices count, as on a local file system; the
@@ -174,8 +193,10 @@ fn answers(path: &Path) -> Result<u64, String> {
 fn mount_call(path: &Path, source: &str) -> std::io::Result<OwnedFd> {
     const TYPE: &CStr = c"fuse.verbfs";
     let device = std::fs::File::options().read(true).write(true).custom_flags(libc::O_CLOEXEC).open("/dev/fuse")?;
-    let options = format!("fd={},rootmode=40000,user_id=0,group_id=0,default_permissions,allow_other", device.as_raw_fd());
-    let (source, target, options) = (CString::new(source)?, CString::new(path.as_os_str().as_bytes())?, CString::new(options)?);
+    let options =
+        format!("fd={},rootmode=40000,user_id=0,group_id=0,default_permissions,allow_other", device.as_raw_fd());
+    let (source, target, options) =
+        (CString::new(source)?, CString::new(path.as_os_str().as_bytes())?, CString::new(options)?);
     // SAFETY: all arguments are strings that end in zero and outlive the call.
     let result = unsafe { libc::mount(source.as_ptr(), target.as_ptr(), TYPE.as_ptr(), 0, options.as_ptr().cast()) };
     if result == 0 { Ok(device.into()) } else { Err(std::io::Error::last_os_error()) }
@@ -185,7 +206,11 @@ fn mount_call(path: &Path, source: &str) -> std::io::Result<OwnedFd> {
 fn unmount_call(path: &Path, flags: i32) -> std::io::Result<()> {
     let path = CString::new(path.as_os_str().as_bytes())?;
     // SAFETY: the path is a string that ends in zero and outlives the call.
-    if unsafe { libc::umount2(path.as_ptr(), flags | libc::UMOUNT_NOFOLLOW) } == 0 { Ok(()) } else { Err(std::io::Error::last_os_error()) }
+    if unsafe { libc::umount2(path.as_ptr(), flags | libc::UMOUNT_NOFOLLOW) } == 0 {
+        Ok(())
+    } else {
+        Err(std::io::Error::last_os_error())
+    }
 }
 
 impl Mounted {
@@ -216,7 +241,9 @@ impl Mounted {
         });
         let patience = BUSY_PATIENCE + DETACHED_PATIENCE;
         let unmounted = match helper {
-            Ok(_) => receiver.recv_timeout(patience).unwrap_or_else(|_| Err(std::io::Error::new(std::io::ErrorKind::TimedOut, "unmounting hangs"))),
+            Ok(_) => receiver
+                .recv_timeout(patience)
+                .unwrap_or_else(|_| Err(std::io::Error::new(std::io::ErrorKind::TimedOut, "unmounting hangs"))),
             Err(error) => Err(error),
         };
         if let Err(error) = &unmounted {
@@ -238,7 +265,10 @@ impl Mounted {
             let _ = session.join();
             return Ok(());
         }
-        Err(MountError::Unmount { path: self.path.clone(), source: unmounted.err().unwrap_or_else(|| std::io::ErrorKind::ResourceBusy.into()) })
+        Err(MountError::Unmount {
+            path: self.path.clone(),
+            source: unmounted.err().unwrap_or_else(|| std::io::ErrorKind::ResourceBusy.into()),
+        })
     }
 
     /// Makes the kernel fail all requests of this connection, now and later.
@@ -250,7 +280,13 @@ impl Mounted {
             // Not every system mounts the control file system (containers, minimal images).
             // SAFETY: all arguments are strings that end in zero, the last may be null.
             unsafe {
-                libc::mount(c"fusectl".as_ptr(), c"/sys/fs/fuse/connections".as_ptr(), c"fusectl".as_ptr(), 0, std::ptr::null());
+                libc::mount(
+                    c"fusectl".as_ptr(),
+                    c"/sys/fs/fuse/connections".as_ptr(),
+                    c"fusectl".as_ptr(),
+                    0,
+                    std::ptr::null(),
+                );
             }
         }
         if let Err(error) = std::fs::write(&file, "1") {
@@ -275,7 +311,9 @@ fn unmount_patiently(path: &Path) -> std::io::Result<()> {
             Ok(()) => return Ok(()),
             // Not mounted any more: somebody else was faster.
             Err(error) if matches!(error.raw_os_error(), Some(libc::EINVAL | libc::ENOENT)) => return Ok(()),
-            Err(error) if error.raw_os_error() == Some(libc::EBUSY) && start.elapsed() < BUSY_PATIENCE => std::thread::sleep(RETRY),
+            Err(error) if error.raw_os_error() == Some(libc::EBUSY) && start.elapsed() < BUSY_PATIENCE => {
+                std::thread::sleep(RETRY)
+            }
             Err(error) if error.raw_os_error() == Some(libc::EBUSY) => {
                 tracing::warn!(path = %path.display(), "still in use; detaching it");
                 return unmount_call(path, libc::MNT_DETACH);

@@ -11,8 +11,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Instant, SystemTime};
 
 use fuser::{
-    BsdFileFlags, Errno, FileAttr, FileHandle, FileType, Filesystem, FopenFlags, Generation, INodeNo, KernelConfig, LockOwner, OpenFlags, ReplyAttr,
-    ReplyCreate, ReplyData, ReplyDirectory, ReplyEmpty, ReplyEntry, ReplyOpen, ReplyStatfs, ReplyWrite, ReplyXattr, Request, TimeOrNow, WriteFlags,
+    BsdFileFlags, Errno, FileAttr, FileHandle, FileType, Filesystem, FopenFlags, Generation, INodeNo, KernelConfig,
+    LockOwner, OpenFlags, ReplyAttr, ReplyCreate, ReplyData, ReplyDirectory, ReplyEmpty, ReplyEntry, ReplyOpen,
+    ReplyStatfs, ReplyWrite, ReplyXattr, Request, TimeOrNow, WriteFlags,
 };
 use parking_lot::Mutex;
 
@@ -22,7 +23,12 @@ use super::fuse::{MAX_REQUEST, OPEN_FLAGS, configure};
 use super::mount::{MountError, MountOptions, Mounted, mount_filesystem};
 
 /// Mounts a file system that does nothing. Every file in it has `file_size` bytes.
-pub fn mount_null(path: &Path, file_size: u64, options: &MountOptions, observer: Arc<dyn Observer>) -> Result<Mounted, MountError> {
+pub fn mount_null(
+    path: &Path,
+    file_size: u64,
+    options: &MountOptions,
+    observer: Arc<dyn Observer>,
+) -> Result<Mounted, MountError> {
     mount_filesystem(Null::new(file_size, observer), path, options, |_| ())
 }
 
@@ -75,7 +81,11 @@ impl Null {
 
     /// The inode of a name, made if need be.
     fn make(&self, parent: INodeNo, name: &OsStr, kind: FileType) -> (u64, FileType) {
-        let made = *self.names.lock().entry((parent.0, name.to_owned())).or_insert_with(|| (self.next.fetch_add(1, Ordering::Relaxed), kind));
+        let made = *self
+            .names
+            .lock()
+            .entry((parent.0, name.to_owned()))
+            .or_insert_with(|| (self.next.fetch_add(1, Ordering::Relaxed), kind));
         self.kinds.lock().insert(made.0, made.1);
         made
     }
@@ -121,14 +131,36 @@ impl Filesystem for Null {
     }
 
     fn setattr(
-        &self, request: &Request, node: INodeNo, _mode: Option<u32>, _uid: Option<u32>, _gid: Option<u32>, _size: Option<u64>, _atime: Option<TimeOrNow>,
-        _mtime: Option<TimeOrNow>, _ctime: Option<SystemTime>, handle: Option<FileHandle>, _crtime: Option<SystemTime>, _chgtime: Option<SystemTime>,
-        _bkuptime: Option<SystemTime>, _flags: Option<BsdFileFlags>, reply: ReplyAttr,
+        &self,
+        request: &Request,
+        node: INodeNo,
+        _mode: Option<u32>,
+        _uid: Option<u32>,
+        _gid: Option<u32>,
+        _size: Option<u64>,
+        _atime: Option<TimeOrNow>,
+        _mtime: Option<TimeOrNow>,
+        _ctime: Option<SystemTime>,
+        handle: Option<FileHandle>,
+        _crtime: Option<SystemTime>,
+        _chgtime: Option<SystemTime>,
+        _bkuptime: Option<SystemTime>,
+        _flags: Option<BsdFileFlags>,
+        reply: ReplyAttr,
     ) {
         self.getattr(request, node, handle, reply);
     }
 
-    fn create(&self, _request: &Request, parent: INodeNo, name: &OsStr, _mode: u32, _umask: u32, _flags: i32, reply: ReplyCreate) {
+    fn create(
+        &self,
+        _request: &Request,
+        parent: INodeNo,
+        name: &OsStr,
+        _mode: u32,
+        _umask: u32,
+        _flags: i32,
+        reply: ReplyCreate,
+    ) {
         self.observed("create", || {
             let (node, kind) = self.make(parent, name, FileType::RegularFile);
             reply.created(&NO_CACHING, &self.attributes(node, kind), Generation(0), FileHandle(0), OPEN_FLAGS);
@@ -152,7 +184,17 @@ impl Filesystem for Null {
         self.observed("open", || reply.opened(FileHandle(0), OPEN_FLAGS));
     }
 
-    fn read(&self, _request: &Request, _node: INodeNo, _handle: FileHandle, offset: u64, size: u32, _flags: OpenFlags, _owner: Option<LockOwner>, reply: ReplyData) {
+    fn read(
+        &self,
+        _request: &Request,
+        _node: INodeNo,
+        _handle: FileHandle,
+        offset: u64,
+        size: u32,
+        _flags: OpenFlags,
+        _owner: Option<LockOwner>,
+        reply: ReplyData,
+    ) {
         self.observed("read", || {
             let size = u64::from(size).min(self.file_size.saturating_sub(offset)).min(self.zeros.len() as u64);
             reply.data(&self.zeros[..size as usize]);
@@ -160,8 +202,16 @@ impl Filesystem for Null {
     }
 
     fn write(
-        &self, _request: &Request, _node: INodeNo, _handle: FileHandle, _offset: u64, data: &[u8], _write_flags: WriteFlags, _flags: OpenFlags,
-        _owner: Option<LockOwner>, reply: ReplyWrite,
+        &self,
+        _request: &Request,
+        _node: INodeNo,
+        _handle: FileHandle,
+        _offset: u64,
+        data: &[u8],
+        _write_flags: WriteFlags,
+        _flags: OpenFlags,
+        _owner: Option<LockOwner>,
+        reply: ReplyWrite,
     ) {
         self.observed("write", || reply.written(data.len() as u32));
     }
@@ -181,7 +231,8 @@ impl Filesystem for Null {
     fn readdir(&self, _request: &Request, node: INodeNo, _handle: FileHandle, offset: u64, mut reply: ReplyDirectory) {
         let dots = [".", ".."].map(|name| (OsString::from(name), (node.0, FileType::Directory)));
         let names = self.names.lock();
-        let entries = names.iter().filter(|((parent, _), _)| *parent == node.0).map(|((_, name), found)| (name.clone(), *found));
+        let entries =
+            names.iter().filter(|((parent, _), _)| *parent == node.0).map(|((_, name), found)| (name.clone(), *found));
         for (index, (name, (ino, kind))) in dots.into_iter().chain(entries).enumerate().skip(offset as usize) {
             if reply.add(INodeNo(ino), index as u64 + 1, kind, name) {
                 break;
@@ -191,7 +242,14 @@ impl Filesystem for Null {
     }
 
     fn ioctl(
-        &self, _request: &Request, _node: INodeNo, _handle: FileHandle, _flags: fuser::IoctlFlags, _command: u32, _data: &[u8], _size: u32,
+        &self,
+        _request: &Request,
+        _node: INodeNo,
+        _handle: FileHandle,
+        _flags: fuser::IoctlFlags,
+        _command: u32,
+        _data: &[u8],
+        _size: u32,
         reply: fuser::ReplyIoctl,
     ) {
         reply.error(Errno::ENOTTY);

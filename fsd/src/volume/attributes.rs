@@ -36,7 +36,8 @@ impl AttributeState {
             return Some(attributes);
         }
         if self.sized {
-            attributes.size = if self.report.exact_size { self.report.size } else { attributes.size.max(self.report.size) };
+            attributes.size =
+                if self.report.exact_size { self.report.size } else { attributes.size.max(self.report.size) };
         }
         if let Some(touched) = self.report.touched {
             attributes.mtime = touched;
@@ -56,7 +57,10 @@ pub(crate) fn wall_clock() -> Time {
 
 fn later(time: Time, by: Duration) -> Time {
     let nanoseconds = time.nanoseconds as u64 + by.subsec_nanos() as u64;
-    Time { seconds: time.seconds + by.as_secs() as i64 + (nanoseconds / 1_000_000_000) as i64, nanoseconds: (nanoseconds % 1_000_000_000) as u32 }
+    Time {
+        seconds: time.seconds + by.as_secs() as i64 + (nanoseconds / 1_000_000_000) as i64,
+        nanoseconds: (nanoseconds % 1_000_000_000) as u32,
+    }
 }
 
 impl Volume {
@@ -84,7 +88,8 @@ impl Volume {
                 return Ok(attributes);
             }
         }
-        let (pin, outcome) = self.pin_with(Resource::attr(ino), Range::UNIT, Range::UNIT, PinKind::Shared, options).await?;
+        let (pin, outcome) =
+            self.pin_with(Resource::attr(ino), Range::UNIT, Range::UNIT, PinKind::Shared, options).await?;
         match outcome {
             locks::Outcome::Pinned => self.pinned_attributes(ino),
             locks::Outcome::Observed => {
@@ -105,10 +110,10 @@ impl Volume {
             return Ok(self.stored_attributes(ino)?.is_some());
         }
         // The grant of OPEN said it, unless that is long ago.
-        if let Some(file) = self.files.borrow().get(&ino) {
-            if file.gone || file.layout.is_some() {
-                return Ok(!file.gone);
-            }
+        if let Some(file) = self.files.borrow().get(&ino)
+            && (file.gone || file.layout.is_some())
+        {
+            return Ok(!file.gone);
         }
         match self.attributes(ino).await {
             Ok(attributes) => {
@@ -255,19 +260,19 @@ impl Volume {
 
     /// The home's own lock client may hold E on the inode: its base follows the record.
     fn replace_base_unchanged(&self, record: Attributes) {
-        if let Some(state) = self.attributes.borrow_mut().get_mut(&record.ino) {
-            if state.base.is_some() {
-                state.base = Some(record);
-            }
+        if let Some(state) = self.attributes.borrow_mut().get_mut(&record.ino)
+            && state.base.is_some()
+        {
+            state.base = Some(record);
         }
     }
 
     /// Before the home works on a record under X, its own unreported changes go into it.
     pub(crate) fn absorb_own_report(&self, ino: Ino) {
-        if ino.home() == self.slot() {
-            if let Some(report) = self.take_report(ino) {
-                self.apply_report(ino, report);
-            }
+        if ino.home() == self.slot()
+            && let Some(report) = self.take_report(ino)
+        {
+            self.apply_report(ino, report);
         }
     }
 
@@ -293,4 +298,3 @@ impl Volume {
         states.retain(|ino, state| state.changed || client.held(Resource::attr(*ino), Range::UNIT).is_some());
     }
 }
-

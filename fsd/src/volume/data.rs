@@ -57,7 +57,12 @@ impl FileState {
             return None;
         }
         let skip = page - extent.page;
-        Some(Extent { page, arena_page: extent.arena_page + skip, pages: extent.pages - skip, committed: extent.committed })
+        Some(Extent {
+            page,
+            arena_page: extent.arena_page + skip,
+            pages: extent.pages - skip,
+            committed: extent.committed,
+        })
     }
 
     /// Learns that of `range` exactly `extents` exist.
@@ -66,7 +71,15 @@ impl FileState {
         for extent in extents {
             let part = Range::new(extent.page, extent.page + extent.pages).intersect(range);
             if !part.is_empty() {
-                self.extents.insert(part.lo, Extent { page: part.lo, arena_page: extent.arena_page + (part.lo - extent.page), pages: part.len(), committed: extent.committed });
+                self.extents.insert(
+                    part.lo,
+                    Extent {
+                        page: part.lo,
+                        arena_page: extent.arena_page + (part.lo - extent.page),
+                        pages: part.len(),
+                        committed: extent.committed,
+                    },
+                );
             }
         }
         self.known.insert(range);
@@ -80,26 +93,36 @@ impl FileState {
     fn drop_layout(&mut self, range: Range) {
         self.known.remove(range);
         let mut touching: Vec<u64> = self.extents.range(range.lo..range.hi).map(|(page, _)| *page).collect();
-        if let Some((page, extent)) = self.extents.range(..range.lo).next_back() {
-            if page + extent.pages > range.lo {
-                touching.push(*page);
-            }
+        if let Some((page, extent)) = self.extents.range(..range.lo).next_back()
+            && page + extent.pages > range.lo
+        {
+            touching.push(*page);
         }
         for page in touching {
             let extent = self.extents.remove(&page).expect("it was just listed");
             for rest in Range::new(extent.page, extent.page + extent.pages).without(range) {
-                self.extents.insert(rest.lo, Extent { page: rest.lo, arena_page: extent.arena_page + (rest.lo - extent.page), pages: rest.len(), committed: extent.committed });
+                self.extents.insert(
+                    rest.lo,
+                    Extent {
+                        page: rest.lo,
+                        arena_page: extent.arena_page + (rest.lo - extent.page),
+                        pages: rest.len(),
+                        committed: extent.committed,
+                    },
+                );
             }
         }
     }
 
     pub fn commit(&mut self, range: Range) {
-        let parts: Vec<Extent> = (range.lo..range.hi).scan(range.lo, |next, _| {
-            let extent = (*next < range.hi).then(|| self.extent_of(*next)).flatten()?;
-            let pages = extent.pages.min(range.hi - *next);
-            *next += pages;
-            Some(Extent { pages, committed: true, ..extent })
-        }).collect();
+        let parts: Vec<Extent> = (range.lo..range.hi)
+            .scan(range.lo, |next, _| {
+                let extent = (*next < range.hi).then(|| self.extent_of(*next)).flatten()?;
+                let pages = extent.pages.min(range.hi - *next);
+                *next += pages;
+                Some(Extent { pages, committed: true, ..extent })
+            })
+            .collect();
         for part in parts {
             let known = Range::new(part.page, part.page + part.pages);
             self.learn(known, &[part]);
@@ -157,7 +180,14 @@ enum Copied {
 
 impl Volume {
     /// Pins the data of a page range on all servers that store it.
-    pub(crate) async fn pin_data(self: &Rc<Self>, ino: Ino, layout: &Layout, range: Range, kind: PinKind, through_fence: bool) -> Result<Vec<Pin>> {
+    pub(crate) async fn pin_data(
+        self: &Rc<Self>,
+        ino: Ino,
+        layout: &Layout,
+        range: Range,
+        kind: PinKind,
+        through_fence: bool,
+    ) -> Result<Vec<Pin>> {
         let mut pins = Vec::new();
         for (slot, hull) in hulls(layout, range) {
             let options = locks::PinOptions { through_fence, ..Default::default() };
@@ -169,7 +199,13 @@ impl Volume {
     /// Pins for a page that the kernel fills with its lock held. Whoever drops the kernel's pages of a range waits for
     /// such locks, so a fill that stands before that very fence is let through it, and the drop comes again after it.
     /// Not at once, though: a program that touches its mapping in a loop would keep every fence open for ever.
-    async fn pin_for_kernel(self: &Rc<Self>, ino: Ino, layout: &Layout, range: Range, kind: PinKind) -> Result<Vec<Pin>> {
+    async fn pin_for_kernel(
+        self: &Rc<Self>,
+        ino: Ino,
+        layout: &Layout,
+        range: Range,
+        kind: PinKind,
+    ) -> Result<Vec<Pin>> {
         /// A drop that takes longer waits for somebody: it takes microseconds otherwise.
         const PATIENCE: Duration = Duration::from_millis(2);
         let blocked = || {
@@ -259,7 +295,10 @@ impl Volume {
         for (slot, piece) in missing.into_iter().flat_map(|range| pieces(layout, range)) {
             // The whole chunk, where the lock reaches that far: one request for what will be asked next.
             let chunk_pages = layout.chunk_pages as u64;
-            let chunk = Range::new(piece.lo / chunk_pages * chunk_pages, (piece.lo / chunk_pages + 1).saturating_mul(chunk_pages));
+            let chunk = Range::new(
+                piece.lo / chunk_pages * chunk_pages,
+                (piece.lo / chunk_pages + 1).saturating_mul(chunk_pages),
+            );
             let asked = match self.lock_client.borrow().held(Resource::data(ino, slot), chunk) {
                 Some(_) if chunk.contains(piece) => chunk,
                 _ => piece,
@@ -282,7 +321,13 @@ impl Volume {
     ///
     /// # Errors
     /// ENOSPC: nothing may be dirtied.
-    pub(crate) async fn ensure_allocated(self: &Rc<Self>, ino: Ino, layout: &Layout, range: Range, zero: bool) -> Result<u64> {
+    pub(crate) async fn ensure_allocated(
+        self: &Rc<Self>,
+        ino: Ino,
+        layout: &Layout,
+        range: Range,
+        zero: bool,
+    ) -> Result<u64> {
         let mut allocated = 0;
         for (slot, piece) in pieces(layout, range) {
             let wanting = self.with_file(ino, |file| {
@@ -319,7 +364,13 @@ impl Volume {
         self.read_file(open.ino, offset, size as u64, page_cache).await
     }
 
-    pub(crate) async fn read_file(self: &Rc<Self>, ino: Ino, offset: u64, size: u64, page_cache: bool) -> Result<Vec<u8>> {
+    pub(crate) async fn read_file(
+        self: &Rc<Self>,
+        ino: Ino,
+        offset: u64,
+        size: u64,
+        page_cache: bool,
+    ) -> Result<Vec<u8>> {
         let size = size.min(PIECE_MAX).min(FILE_MAX.saturating_sub(offset));
         if size == 0 {
             return Ok(Vec::new());
@@ -327,7 +378,8 @@ impl Volume {
         let layout = self.layout(ino).await?;
         let range = pages_of(offset, size);
         // A page the kernel caches of a file open for writing may be stored to without asking: X.
-        let kind = if page_cache && self.with_file(ino, |file| file.writers > 0) { PinKind::Write } else { PinKind::Shared };
+        let kind =
+            if page_cache && self.with_file(ino, |file| file.writers > 0) { PinKind::Write } else { PinKind::Shared };
         let mut pins = if page_cache {
             self.pin_for_kernel(ino, &layout, range, kind).await?
         } else {
@@ -424,12 +476,28 @@ impl Volume {
 
     /// Writes at most [`PIECE_MAX`] bytes. `append`: at the end of file, wherever `offset` points. `page_cache`: the
     /// kernel writes a page of its cache back (its lock held): no ATTR lock is waited for, the size stays.
-    pub async fn write(self: &Rc<Self>, caller: Caller, handle: u64, offset: u64, data: Vec<u8>, append: bool, page_cache: bool) -> Result<usize> {
+    pub async fn write(
+        self: &Rc<Self>,
+        caller: Caller,
+        handle: u64,
+        offset: u64,
+        data: Vec<u8>,
+        append: bool,
+        page_cache: bool,
+    ) -> Result<usize> {
         let open = self.open_file(handle)?;
         self.write_file(caller, open.ino, offset, &data, append, page_cache).await
     }
 
-    pub(crate) async fn write_file(self: &Rc<Self>, caller: Caller, ino: Ino, offset: u64, data: &[u8], append: bool, page_cache: bool) -> Result<usize> {
+    pub(crate) async fn write_file(
+        self: &Rc<Self>,
+        caller: Caller,
+        ino: Ino,
+        offset: u64,
+        data: &[u8],
+        append: bool,
+        page_cache: bool,
+    ) -> Result<usize> {
         let data = &data[..data.len().min(PIECE_MAX as usize)];
         if data.is_empty() {
             return Ok(0);
@@ -444,10 +512,15 @@ impl Volume {
             if page_cache {
                 break self.pin_held(Resource::attr(ino), Range::UNIT, PinKind::Extend);
             }
-            let kind = if append && !self.mutated("append_without_exclusive") { PinKind::Exclusive } else { PinKind::Extend };
+            let kind =
+                if append && !self.mutated("append_without_exclusive") { PinKind::Exclusive } else { PinKind::Extend };
             let pin = self.pin(Resource::attr(ino), Range::UNIT, Range::UNIT, kind).await?;
             let attributes = self.pinned_attributes(ino)?;
-            if attributes.mode & 0o6000 != 0 && caller.uid != 0 && !self.mutated("no_clear_set_id") && clears_set_id(attributes.mode) {
+            if attributes.mode & 0o6000 != 0
+                && caller.uid != 0
+                && !self.mutated("no_clear_set_id")
+                && clears_set_id(attributes.mode)
+            {
                 drop(pin);
                 self.change(caller, ino, Change { clear_set_id: true, ..Default::default() }).await?;
                 continue;
@@ -463,7 +536,11 @@ impl Volume {
         let mut data = data;
         if page_cache {
             // The kernel writes whole pages; what lies behind the end of file is not of the file.
-            let size = if attribute_pin.is_some() { self.pinned_attributes(ino).map(|attributes| attributes.size).ok() } else { None };
+            let size = if attribute_pin.is_some() {
+                self.pinned_attributes(ino).map(|attributes| attributes.size).ok()
+            } else {
+                None
+            };
             let within = size.map_or(data.len() as u64, |size| size.saturating_sub(offset));
             data = &data[..data.len().min(within as usize)];
             if data.is_empty() {
@@ -596,7 +673,7 @@ impl Volume {
             if size < attributes.size {
                 let range = Range::new(size / PAGE_SIZE, u64::MAX);
                 let pins = self.pin_data(ino, &layout, range, PinKind::Exclusive, false).await?;
-                if size % PAGE_SIZE != 0 {
+                if !size.is_multiple_of(PAGE_SIZE) {
                     pages += self.zero_within(ino, &layout, size, PAGE_SIZE - size % PAGE_SIZE).await? as i64;
                 }
                 pages -= self.free_pages(ino, &layout, Range::new(size.div_ceil(PAGE_SIZE), u64::MAX)).await? as i64;
@@ -666,12 +743,21 @@ impl Volume {
     ///
     /// # Errors
     /// EOPNOTSUPP for other modes; ENOSPC; EFBIG.
-    pub async fn fallocate(self: &Rc<Self>, caller: Caller, handle: u64, mode: i32, offset: u64, length: u64) -> Result<()> {
+    pub async fn fallocate(
+        self: &Rc<Self>,
+        caller: Caller,
+        handle: u64,
+        mode: i32,
+        offset: u64,
+        length: u64,
+    ) -> Result<()> {
         let ino = self.open_file(handle)?.ino;
         let keep_size = mode & libc::FALLOC_FL_KEEP_SIZE != 0;
         let punch = mode & libc::FALLOC_FL_PUNCH_HOLE != 0;
         let zero = mode & libc::FALLOC_FL_ZERO_RANGE != 0;
-        if mode & !(libc::FALLOC_FL_KEEP_SIZE | libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_ZERO_RANGE) != 0 || (punch && (zero || !keep_size)) {
+        if mode & !(libc::FALLOC_FL_KEEP_SIZE | libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_ZERO_RANGE) != 0
+            || (punch && (zero || !keep_size))
+        {
             return Err(Errno::EOPNOTSUPP);
         }
         if length == 0 {
@@ -773,7 +859,15 @@ impl Volume {
     }
 
     /// copy_file_range(2), piece by piece; returns what was copied.
-    pub async fn copy_range(self: &Rc<Self>, caller: Caller, from: u64, from_offset: u64, to: u64, to_offset: u64, length: u64) -> Result<usize> {
+    pub async fn copy_range(
+        self: &Rc<Self>,
+        caller: Caller,
+        from: u64,
+        from_offset: u64,
+        to: u64,
+        to_offset: u64,
+        length: u64,
+    ) -> Result<usize> {
         let source = self.open_file(from)?.ino;
         let target = self.open_file(to)?.ino;
         // One reply says how much: a bounded part of a long copy keeps the call killable.

@@ -27,7 +27,14 @@ impl Volume {
     ///
     /// # Errors
     /// EAGAIN without `wait`; EINTR when cancelled; EDEADLK; ENOLCK.
-    pub async fn set_file_lock(self: &Rc<Self>, ino: Ino, space: LockSpace, lock: FileLock, wait: bool, token: u64) -> Result<()> {
+    pub async fn set_file_lock(
+        self: &Rc<Self>,
+        ino: Ino,
+        space: LockSpace,
+        lock: FileLock,
+        wait: bool,
+        token: u64,
+    ) -> Result<()> {
         let lock = self.own_owner(lock);
         self.metrics.file_lock_requests.increment();
         self.call(ino.home(), Request::SetFileLock { ino, space, lock, wait, token }).await.map(|_| ())
@@ -42,7 +49,12 @@ impl Volume {
         });
     }
 
-    pub async fn get_file_lock(self: &Rc<Self>, ino: Ino, space: LockSpace, lock: FileLock) -> Result<Option<FileLock>> {
+    pub async fn get_file_lock(
+        self: &Rc<Self>,
+        ino: Ino,
+        space: LockSpace,
+        lock: FileLock,
+    ) -> Result<Option<FileLock>> {
         let lock = self.own_owner(lock);
         match self.call(ino.home(), Request::GetFileLock { ino, space, lock }).await? {
             Reply::FileLock(lock) => Ok(lock),
@@ -67,7 +79,15 @@ impl Volume {
         }
     }
 
-    pub(crate) async fn serve_set_file_lock(self: &Rc<Self>, from: Node, ino: Ino, space: LockSpace, lock: FileLock, wait: bool, token: u64) -> Result<Reply> {
+    pub(crate) async fn serve_set_file_lock(
+        self: &Rc<Self>,
+        from: Node,
+        ino: Ino,
+        space: LockSpace,
+        lock: FileLock,
+        wait: bool,
+        token: u64,
+    ) -> Result<Reply> {
         if lock.owner.slot != from.slot {
             return Err(Errno::EINVAL);
         }
@@ -83,12 +103,13 @@ impl Volume {
             Outcome::Waiting => {
                 let (sender, receiver) = oneshot();
                 self.file_locks.borrow_mut().waiting.insert(token, sender);
-                if space == LockSpace::Posix && self.closes_cycle(lock.owner).await {
-                    if self.file_locks.borrow_mut().table.cancel(token) {
-                        self.file_locks.borrow_mut().waiting.remove(&token);
-                        self.metrics.file_lock_deadlocks.increment();
-                        return Err(Errno::EDEADLK);
-                    }
+                if space == LockSpace::Posix
+                    && self.closes_cycle(lock.owner).await
+                    && self.file_locks.borrow_mut().table.cancel(token)
+                {
+                    self.file_locks.borrow_mut().waiting.remove(&token);
+                    self.metrics.file_lock_deadlocks.increment();
+                    return Err(Errno::EDEADLK);
                 }
                 match receiver.await {
                     Some(()) => Ok(Reply::Done),
@@ -134,7 +155,13 @@ impl Volume {
         Ok(Reply::Done)
     }
 
-    pub(crate) fn serve_release_file_locks(&self, from: Node, ino: Ino, space: LockSpace, owner: LockOwner) -> Result<Reply> {
+    pub(crate) fn serve_release_file_locks(
+        &self,
+        from: Node,
+        ino: Ino,
+        space: LockSpace,
+        owner: LockOwner,
+    ) -> Result<Reply> {
         if owner.slot != from.slot {
             return Err(Errno::EINVAL);
         }
@@ -149,7 +176,8 @@ impl Volume {
         let gone: Vec<Sender<()>> = {
             let mut locks = self.file_locks.borrow_mut();
             locks.table.node_gone(slot, &mut granted);
-            let tokens: Vec<WaitToken> = locks.waiting.keys().filter(|token| token.node.slot == slot).copied().collect();
+            let tokens: Vec<WaitToken> =
+                locks.waiting.keys().filter(|token| token.node.slot == slot).copied().collect();
             tokens.into_iter().filter_map(|token| locks.waiting.remove(&token)).collect()
         };
         drop(gone);

@@ -23,6 +23,9 @@ const DEPTH_MAX: usize = 4096;
 /// An operation that finds the tree changed between look and lock starts again so often.
 const RENAME_ATTEMPTS: usize = 32;
 
+/// Extended attributes by name.
+type Xattrs = Vec<(Vec<u8>, Vec<u8>)>;
+
 /// Why a transaction of updates did not commit.
 enum ApplyError {
     Store(verbfs_namespace::Error),
@@ -143,13 +146,30 @@ impl Volume {
         }
         let now = self.clock();
         let root = Attributes {
-            ino: Ino::ROOT, kind: FileKind::Directory, mode, uid, gid, nlink: 2, rdev: 0, size: 0, pages: 0,
-            atime: now, mtime: now, ctime: now, crtime: now, truncate_generation: 0, layout: Layout::default(), has_xattrs: false,
+            ino: Ino::ROOT,
+            kind: FileKind::Directory,
+            mode,
+            uid,
+            gid,
+            nlink: 2,
+            rdev: 0,
+            size: 0,
+            pages: 0,
+            atime: now,
+            mtime: now,
+            ctime: now,
+            crtime: now,
+            truncate_generation: 0,
+            layout: Layout::default(),
+            has_xattrs: false,
         };
-        self.store.borrow_mut().write(|txn| {
-            txn.put_parent(Ino::ROOT, Ino::ROOT)?;
-            txn.put_inode(&root)
-        }).map_err(store_error)
+        self.store
+            .borrow_mut()
+            .write(|txn| {
+                txn.put_parent(Ino::ROOT, Ino::ROOT)?;
+                txn.put_inode(&root)
+            })
+            .map_err(store_error)
     }
 
     /// Orphans that an earlier daemon of this node left are removed.
@@ -188,7 +208,9 @@ impl Volume {
 
     /// A directory that takes entries: it exists and has not been removed.
     fn live_directory(&self, directory: Ino) -> Result<Attributes> {
-        let attributes = self.settled_attributes(directory).map_err(|error| if error == Errno::ESTALE { Errno::ENOENT } else { error })?;
+        let attributes = self
+            .settled_attributes(directory)
+            .map_err(|error| if error == Errno::ESTALE { Errno::ENOENT } else { error })?;
         if attributes.kind != FileKind::Directory {
             return Err(Errno::ENOTDIR);
         }
@@ -196,29 +218,49 @@ impl Volume {
     }
 
     /// Executes an operation for a client.
-    pub(crate) async fn operate(self: &Rc<Self>, operation: OperationId, caller: Caller, kind: Operation) -> Result<Reply> {
+    pub(crate) async fn operate(
+        self: &Rc<Self>,
+        operation: OperationId,
+        caller: Caller,
+        kind: Operation,
+    ) -> Result<Reply> {
         let home = match &kind {
-            Operation::Create { parent, .. } | Operation::MakeDirectory { parent, .. } | Operation::Unlink { parent, .. } | Operation::RemoveDirectory { parent, .. } | Operation::Link { parent, .. } | Operation::Rename { parent, .. } => parent.home(),
-            Operation::Change { ino, .. } | Operation::SetXattr { ino, .. } | Operation::RemoveXattr { ino, .. } => ino.home(),
+            Operation::Create { parent, .. }
+            | Operation::MakeDirectory { parent, .. }
+            | Operation::Unlink { parent, .. }
+            | Operation::RemoveDirectory { parent, .. }
+            | Operation::Link { parent, .. }
+            | Operation::Rename { parent, .. } => parent.home(),
+            Operation::Change { ino, .. } | Operation::SetXattr { ino, .. } | Operation::RemoveXattr { ino, .. } => {
+                ino.home()
+            }
         };
         if home != self.slot() {
             return Err(Errno::EINVAL);
         }
         match kind {
-            Operation::Create { parent, name, new, exclusive, opening } => self.operate_create(operation, caller, parent, name, new, exclusive, opening).await,
-            Operation::MakeDirectory { parent, name, new } => self.operate_make_directory(operation, caller, parent, name, new).await,
+            Operation::Create { parent, name, new, exclusive, opening } => {
+                self.operate_create(operation, caller, parent, name, new, exclusive, opening).await
+            }
+            Operation::MakeDirectory { parent, name, new } => {
+                self.operate_make_directory(operation, caller, parent, name, new).await
+            }
             Operation::Unlink { parent, name } => self.operate_unlink(operation, parent, name, false).await,
             Operation::RemoveDirectory { parent, name } => self.operate_unlink(operation, parent, name, true).await,
             Operation::Link { ino, parent, name } => self.operate_link(operation, ino, parent, name).await,
-            Operation::Rename { parent, name, new_parent, new_name, flags } => self.operate_rename(operation, parent, name, new_parent, new_name, flags).await,
+            Operation::Rename { parent, name, new_parent, new_name, flags } => {
+                self.operate_rename(operation, parent, name, new_parent, new_name, flags).await
+            }
             Operation::Change { ino, change } => self.operate_change(ino, change).await,
-            Operation::SetXattr { ino, name, value, create, replace } => self.operate_set_xattr(caller, ino, name, value, create, replace).await,
+            Operation::SetXattr { ino, name, value, create, replace } => {
+                self.operate_set_xattr(caller, ino, name, value, create, replace).await
+            }
             Operation::RemoveXattr { ino, name } => self.operate_remove_xattr(ino, name).await,
         }
     }
 
     /// A new inode's record, with what it inherits.
-    fn new_inode(&self, ino: Ino, caller: Caller, parent: &Attributes, new: &NewInode) -> Result<(Attributes, Vec<(Vec<u8>, Vec<u8>)>)> {
+    fn new_inode(&self, ino: Ino, caller: Caller, parent: &Attributes, new: &NewInode) -> Result<(Attributes, Xattrs)> {
         let is_directory = new.kind == FileKind::Directory;
         let default = if parent.has_xattrs {
             let value = self.store.borrow().read(|txn| txn.xattr(parent.ino, DEFAULT_XATTR)).map_err(store_error)?;
@@ -248,25 +290,49 @@ impl Volume {
             let members = &self.options.members;
             let first = members.iter().position(|slot| *slot == ino.home()).unwrap_or(0);
             let width = self.options.width.clamp(1, members.len().min(Layout::MAX_WIDTH));
-            Layout { chunk_pages: self.options.chunk_pages, slots: (0..width).map(|step| members[(first + step) % members.len()]).collect() }
+            Layout {
+                chunk_pages: self.options.chunk_pages,
+                slots: (0..width).map(|step| members[(first + step) % members.len()]).collect(),
+            }
         } else {
             Layout::default()
         };
         let attributes = Attributes {
-            ino, kind: new.kind, mode, uid: caller.uid, gid,
+            ino,
+            kind: new.kind,
+            mode,
+            uid: caller.uid,
+            gid,
             nlink: if is_directory { 2 } else { 1 },
             rdev: new.rdev,
             size: if new.kind == FileKind::Symlink { new.target.len() as u64 } else { 0 },
-            pages: 0, atime: now, mtime: now, ctime: now, crtime: now, truncate_generation: 0, layout,
+            pages: 0,
+            atime: now,
+            mtime: now,
+            ctime: now,
+            crtime: now,
+            truncate_generation: 0,
+            layout,
             has_xattrs: !xattrs.is_empty(),
         };
         Ok((attributes, xattrs))
     }
 
     #[allow(clippy::too_many_arguments)]
-    async fn operate_create(self: &Rc<Self>, operation: OperationId, caller: Caller, parent: Ino, name: Vec<u8>, new: NewInode, exclusive: bool, opening: bool) -> Result<Reply> {
+    async fn operate_create(
+        self: &Rc<Self>,
+        operation: OperationId,
+        caller: Caller,
+        parent: Ino,
+        name: Vec<u8>,
+        new: NewInode,
+        exclusive: bool,
+        opening: bool,
+    ) -> Result<Reply> {
         check_name(&name)?;
-        if new.kind == FileKind::Directory || (new.kind == FileKind::Symlink && (new.target.is_empty() || new.target.len() > SYMLINK_MAX)) {
+        if new.kind == FileKind::Directory
+            || (new.kind == FileKind::Symlink && (new.target.is_empty() || new.target.len() > SYMLINK_MAX))
+        {
             return Err(Errno::EINVAL);
         }
         let _name_pin = self.pin_name(parent, &name).await?;
@@ -327,7 +393,14 @@ impl Volume {
         self.options.members[((hash >> 17) % self.options.members.len() as u64) as usize]
     }
 
-    async fn operate_make_directory(self: &Rc<Self>, operation: OperationId, caller: Caller, parent: Ino, name: Vec<u8>, new: NewInode) -> Result<Reply> {
+    async fn operate_make_directory(
+        self: &Rc<Self>,
+        operation: OperationId,
+        caller: Caller,
+        parent: Ino,
+        name: Vec<u8>,
+        new: NewInode,
+    ) -> Result<Reply> {
         check_name(&name)?;
         if new.kind != FileKind::Directory {
             return Err(Errno::EINVAL);
@@ -336,7 +409,9 @@ impl Volume {
         if self.pinned_entry(parent, &name).await?.is_some() {
             return Err(Errno::EEXIST);
         }
-        let Reply::Ino(ino) = self.call(self.directory_home(parent, &name), Request::ReserveInode).await? else { return Err(Errno::EPROTO) };
+        let Reply::Ino(ino) = self.call(self.directory_home(parent, &name), Request::ReserveInode).await? else {
+            return Err(Errno::EPROTO);
+        };
         let _pins = self.pin_attributes([parent]).await?;
         let directory = self.live_directory(parent)?;
         if directory.nlink >= LINKS_MAX {
@@ -344,7 +419,12 @@ impl Volume {
         }
         let (attributes, xattrs) = self.new_inode(ino, caller, &directory, &new)?;
         let updates = vec![
-            Update::CreateInode { attributes: Box::new(attributes.clone()), target: Vec::new(), parent: Some(parent), xattrs },
+            Update::CreateInode {
+                attributes: Box::new(attributes.clone()),
+                target: Vec::new(),
+                parent: Some(parent),
+                xattrs,
+            },
             Update::PutEntry { directory: parent, name, ino, kind: FileKind::Directory },
             Update::Touch { directory: parent, entries: 1, links: 1, time: attributes.crtime },
         ];
@@ -352,7 +432,13 @@ impl Volume {
         Ok(Reply::Attributes(Box::new(attributes)))
     }
 
-    async fn operate_unlink(self: &Rc<Self>, operation: OperationId, parent: Ino, name: Vec<u8>, directory: bool) -> Result<Reply> {
+    async fn operate_unlink(
+        self: &Rc<Self>,
+        operation: OperationId,
+        parent: Ino,
+        name: Vec<u8>,
+        directory: bool,
+    ) -> Result<Reply> {
         check_name(&name)?;
         let _name_pin = self.pin_name(parent, &name).await?;
         let (ino, kind) = self.pinned_entry(parent, &name).await?.ok_or(Errno::ENOENT)?;
@@ -365,13 +451,24 @@ impl Volume {
         self.live_directory(parent)?;
         self.settled_attributes(ino)?;
         let time = self.clock();
-        let removal = if directory { Update::RemoveDirectory { ino, time } } else { Update::Links { ino, delta: -1, time } };
-        let updates = vec![Update::DeleteEntry { directory: parent, name }, Update::Touch { directory: parent, entries: -1, links: if directory { -1 } else { 0 }, time }, removal];
+        let removal =
+            if directory { Update::RemoveDirectory { ino, time } } else { Update::Links { ino, delta: -1, time } };
+        let updates = vec![
+            Update::DeleteEntry { directory: parent, name },
+            Update::Touch { directory: parent, entries: -1, links: if directory { -1 } else { 0 }, time },
+            removal,
+        ];
         self.update(operation, updates).await?;
         Ok(Reply::Done)
     }
 
-    async fn operate_link(self: &Rc<Self>, operation: OperationId, ino: Ino, parent: Ino, name: Vec<u8>) -> Result<Reply> {
+    async fn operate_link(
+        self: &Rc<Self>,
+        operation: OperationId,
+        ino: Ino,
+        parent: Ino,
+        name: Vec<u8>,
+    ) -> Result<Reply> {
         check_name(&name)?;
         let _name_pin = self.pin_name(parent, &name).await?;
         if self.pinned_entry(parent, &name).await?.is_some() {
@@ -379,7 +476,8 @@ impl Volume {
         }
         let _pins = self.pin_attributes([parent, ino]).await?;
         self.live_directory(parent)?;
-        let attributes = self.settled_attributes(ino).map_err(|error| if error == Errno::ESTALE { Errno::ENOENT } else { error })?;
+        let attributes =
+            self.settled_attributes(ino).map_err(|error| if error == Errno::ESTALE { Errno::ENOENT } else { error })?;
         if attributes.kind == FileKind::Directory {
             return Err(Errno::EPERM);
         }
@@ -399,7 +497,15 @@ impl Volume {
         Ok(Reply::Attributes(Box::new(self.settled_attributes(ino)?)))
     }
 
-    async fn operate_rename(self: &Rc<Self>, operation: OperationId, parent: Ino, name: Vec<u8>, new_parent: Ino, new_name: Vec<u8>, flags: RenameFlags) -> Result<Reply> {
+    async fn operate_rename(
+        self: &Rc<Self>,
+        operation: OperationId,
+        parent: Ino,
+        name: Vec<u8>,
+        new_parent: Ino,
+        new_name: Vec<u8>,
+        flags: RenameFlags,
+    ) -> Result<Reply> {
         check_name(&name)?;
         check_name(&new_name)?;
         if flags.no_replace && flags.exchange {
@@ -417,11 +523,25 @@ impl Volume {
     }
 
     #[allow(clippy::too_many_arguments)]
-    async fn try_rename(self: &Rc<Self>, operation: OperationId, parent: Ino, name: &[u8], new_parent: Ino, new_name: &[u8], flags: RenameFlags, lock_tree: bool) -> Result<Option<Reply>> {
-        let _tree_pin = if lock_tree { Some(self.pin(Resource::rename(), Range::UNIT, Range::UNIT, PinKind::Exclusive).await?) } else { None };
+    async fn try_rename(
+        self: &Rc<Self>,
+        operation: OperationId,
+        parent: Ino,
+        name: &[u8],
+        new_parent: Ino,
+        new_name: &[u8],
+        flags: RenameFlags,
+        lock_tree: bool,
+    ) -> Result<Option<Reply>> {
+        let _tree_pin = if lock_tree {
+            Some(self.pin(Resource::rename(), Range::UNIT, Range::UNIT, PinKind::Exclusive).await?)
+        } else {
+            None
+        };
         // Both names in locking order. Two names of one directory are one pin over both: with a pin on the first,
         // the second would wait behind whoever asked for a range that holds both, and that one for the first.
-        let mut names: Vec<(Resource, Range)> = vec![(Resource::name(parent), name_range(name)), (Resource::name(new_parent), name_range(new_name))];
+        let mut names: Vec<(Resource, Range)> =
+            vec![(Resource::name(parent), name_range(name)), (Resource::name(new_parent), name_range(new_name))];
         if parent == new_parent {
             names = vec![(names[0].0, names[0].1.hull(names[1].1))];
         }
@@ -497,14 +617,28 @@ impl Volume {
             let directories = i64::from(is_directory);
             let replaced_directories = i64::from(target_is_directory);
             if parent == new_parent {
-                updates.push(Update::Touch { directory: parent, entries: -replaced, links: -replaced_directories, time });
+                updates.push(Update::Touch {
+                    directory: parent,
+                    entries: -replaced,
+                    links: -replaced_directories,
+                    time,
+                });
             } else {
                 updates.push(Update::Touch { directory: parent, entries: -1, links: -directories, time });
-                updates.push(Update::Touch { directory: new_parent, entries: 1 - replaced, links: directories - replaced_directories, time });
+                updates.push(Update::Touch {
+                    directory: new_parent,
+                    entries: 1 - replaced,
+                    links: directories - replaced_directories,
+                    time,
+                });
             }
             updates.push(Update::Moved { ino, parent: is_directory.then_some(new_parent), time });
             if let Some((target, _)) = target {
-                updates.push(if target_is_directory { Update::RemoveDirectory { ino: target, time } } else { Update::Links { ino: target, delta: -1, time } });
+                updates.push(if target_is_directory {
+                    Update::RemoveDirectory { ino: target, time }
+                } else {
+                    Update::Links { ino: target, delta: -1, time }
+                });
             }
         }
         self.update(operation, updates).await?;
@@ -580,9 +714,15 @@ impl Volume {
             self.absorb_own_report(update.ino());
         }
         let full = |error: &ApplyError| matches!(error, ApplyError::Store(verbfs_namespace::Error::Full));
-        let gives_back = updates.iter().any(|update| matches!(update, Update::Links { delta: -1, .. } | Update::RemoveDirectory { .. }));
+        let gives_back = updates
+            .iter()
+            .any(|update| matches!(update, Update::Links { delta: -1, .. } | Update::RemoveDirectory { .. }));
         let mut store = self.store.borrow_mut();
-        let outcome = if gives_back { store.write_reclaiming(full, |txn| apply(txn, updates)) } else { store.write(|txn| apply(txn, updates)) };
+        let outcome = if gives_back {
+            store.write_reclaiming(full, |txn| apply(txn, updates))
+        } else {
+            store.write(|txn| apply(txn, updates))
+        };
         drop(store);
         let applied = outcome.map_err(ApplyError::errno)?;
         for attributes in applied.changed.values() {
@@ -658,17 +798,28 @@ impl Volume {
             self.touched.borrow_mut().remove(&ino);
         }
         attributes.ctime = now;
-        self.store.borrow_mut().write(|txn| {
-            if let Some(list) = &list {
-                txn.set_xattr(ino, ACCESS_XATTR, &list.serialise(), SetXattr::Any)?;
-            }
-            txn.put_inode(&attributes)
-        }).map_err(store_error)?;
+        self.store
+            .borrow_mut()
+            .write(|txn| {
+                if let Some(list) = &list {
+                    txn.set_xattr(ino, ACCESS_XATTR, &list.serialise(), SetXattr::Any)?;
+                }
+                txn.put_inode(&attributes)
+            })
+            .map_err(store_error)?;
         self.replace_base(attributes.clone());
         Ok(Reply::Attributes(Box::new(attributes)))
     }
 
-    async fn operate_set_xattr(self: &Rc<Self>, caller: Caller, ino: Ino, name: Vec<u8>, value: Vec<u8>, create: bool, replace: bool) -> Result<Reply> {
+    async fn operate_set_xattr(
+        self: &Rc<Self>,
+        caller: Caller,
+        ino: Ino,
+        name: Vec<u8>,
+        value: Vec<u8>,
+        create: bool,
+        replace: bool,
+    ) -> Result<Reply> {
         let _pins = self.pin_attributes([ino]).await?;
         let mut attributes = self.settled_attributes(ino)?;
         let mut store_value = Some(value);
@@ -701,16 +852,19 @@ impl Volume {
             _ => SetXattr::Any,
         };
         attributes.ctime = self.clock();
-        self.store.borrow_mut().write(|txn| {
-            match &store_value {
-                Some(value) => txn.set_xattr(ino, &name, value, how)?,
-                None => {
-                    txn.remove_xattr(ino, &name)?;
+        self.store
+            .borrow_mut()
+            .write(|txn| {
+                match &store_value {
+                    Some(value) => txn.set_xattr(ino, &name, value, how)?,
+                    None => {
+                        txn.remove_xattr(ino, &name)?;
+                    }
                 }
-            }
-            attributes.has_xattrs = !txn.xattrs(ino)?.is_empty();
-            txn.put_inode(&attributes)
-        }).map_err(store_error)?;
+                attributes.has_xattrs = !txn.xattrs(ino)?.is_empty();
+                txn.put_inode(&attributes)
+            })
+            .map_err(store_error)?;
         self.replace_base(attributes);
         Ok(Reply::Done)
     }
@@ -719,14 +873,18 @@ impl Volume {
         let _pins = self.pin_attributes([ino]).await?;
         let mut attributes = self.settled_attributes(ino)?;
         attributes.ctime = self.clock();
-        let removed = self.store.borrow_mut().write(|txn| {
-            let removed = txn.remove_xattr(ino, &name)?;
-            if removed {
-                attributes.has_xattrs = !txn.xattrs(ino)?.is_empty();
-                txn.put_inode(&attributes)?;
-            }
-            Ok::<_, verbfs_namespace::Error>(removed)
-        }).map_err(store_error)?;
+        let removed = self
+            .store
+            .borrow_mut()
+            .write(|txn| {
+                let removed = txn.remove_xattr(ino, &name)?;
+                if removed {
+                    attributes.has_xattrs = !txn.xattrs(ino)?.is_empty();
+                    txn.put_inode(&attributes)?;
+                }
+                Ok::<_, verbfs_namespace::Error>(removed)
+            })
+            .map_err(store_error)?;
         if !removed {
             return Err(Errno::ENODATA);
         }

@@ -78,7 +78,14 @@ impl Volume {
         self.pin_with(resource, range, want, kind, PinOptions::default()).await.map(|(pin, _)| pin)
     }
 
-    pub(crate) async fn pin_with(self: &Rc<Self>, resource: Resource, range: Range, want: Range, kind: PinKind, options: PinOptions) -> Result<(Pin, Outcome)> {
+    pub(crate) async fn pin_with(
+        self: &Rc<Self>,
+        resource: Resource,
+        range: Range,
+        want: Range,
+        kind: PinKind,
+        options: PinOptions,
+    ) -> Result<(Pin, Outcome)> {
         debug_assert!(!range.is_empty() && want.contains(range), "{resource} {range} {want}");
         let (pin, receiver) = match self.begin_pin(resource, range, want, kind, options) {
             (pin, None) => return Ok((pin, Outcome::Pinned)),
@@ -119,11 +126,25 @@ impl Volume {
         }
     }
 
-    fn begin_pin(self: &Rc<Self>, resource: Resource, range: Range, want: Range, kind: PinKind, options: PinOptions) -> (Pin, Option<Receiver<std::result::Result<Outcome, i32>>>) {
+    fn begin_pin(
+        self: &Rc<Self>,
+        resource: Resource,
+        range: Range,
+        want: Range,
+        kind: PinKind,
+        options: PinOptions,
+    ) -> (Pin, Option<Receiver<std::result::Result<Outcome, i32>>>) {
         let token = PinToken(self.number());
-        let request = PinRequest { want, through_fence: options.through_fence, one_shot: options.one_shot, ..PinRequest::new(token, resource, range, kind) };
+        let request = PinRequest {
+            want,
+            through_fence: options.through_fence,
+            one_shot: options.one_shot,
+            ..PinRequest::new(token, resource, range, kind)
+        };
         let (sender, receiver) = oneshot();
-        self.waiting_pins.borrow_mut().insert(token.0, WaitingPin { sender, server: resource.server, since: Instant::now() });
+        self.waiting_pins
+            .borrow_mut()
+            .insert(token.0, WaitingPin { sender, server: resource.server, since: Instant::now() });
         let mut effects = Vec::new();
         let pinned = self.lock_client.borrow_mut().pin(request, self.ticks(), &mut effects);
         self.client_effects.borrow_mut().extend(effects);
@@ -167,7 +188,9 @@ impl Volume {
     fn send_lock(self: &Rc<Self>, to: Slot, message: LockMessage) {
         let mut envelope = Envelope { message, attributes: None, home_time: None, report: None };
         match &envelope.message {
-            LockMessage::Release { resource, .. } | LockMessage::Glimpsed { resource, .. } if resource.class == Class::Attr => {
+            LockMessage::Release { resource, .. } | LockMessage::Glimpsed { resource, .. }
+                if resource.class == Class::Attr =>
+            {
                 envelope.report = self.take_report(resource.ino);
             }
             LockMessage::Grant { resource, .. } if matches!(resource.class, Class::Attr | Class::Open) => {
@@ -187,8 +210,12 @@ impl Volume {
                 self.metrics.lock_grants[metric_class(resource.class)].increment();
             }
             LockMessage::Lock { resource, .. } => self.metrics.lock_requests[metric_class(resource.class)].increment(),
-            LockMessage::Revoke { resource, .. } => self.metrics.lock_revokes_sent[metric_class(resource.class)].increment(),
-            LockMessage::Release { resource, .. } => self.metrics.lock_releases[metric_class(resource.class)].increment(),
+            LockMessage::Revoke { resource, .. } => {
+                self.metrics.lock_revokes_sent[metric_class(resource.class)].increment()
+            }
+            LockMessage::Release { resource, .. } => {
+                self.metrics.lock_releases[metric_class(resource.class)].increment()
+            }
             LockMessage::Deny { .. } => self.metrics.lock_denials[metric_class(Class::Data)].increment(),
             LockMessage::Glimpse { .. } => self.metrics.lock_glimpses.increment(),
             _ => {}
@@ -210,14 +237,19 @@ impl Volume {
                     self.note_request(*request, *resource);
                 }
             }
-            if let LockMessage::Release { resource, .. } | LockMessage::Glimpsed { resource, .. } = &envelope.message {
-                if let Some(report) = envelope.report {
-                    let holds = self.lock_server.borrow().holders(*resource).iter().any(|view| view.slot == from.slot && view.mode != Mode::S);
-                    if holds && resource.class == Class::Attr {
-                        self.apply_report(resource.ino, report);
-                    } else {
-                        tracing::warn!(slot = from.slot, %resource, "attributes reported under no lock are not taken");
-                    }
+            if let LockMessage::Release { resource, .. } | LockMessage::Glimpsed { resource, .. } = &envelope.message
+                && let Some(report) = envelope.report
+            {
+                let holds = self
+                    .lock_server
+                    .borrow()
+                    .holders(*resource)
+                    .iter()
+                    .any(|view| view.slot == from.slot && view.mode != Mode::S);
+                if holds && resource.class == Class::Attr {
+                    self.apply_report(resource.ino, report);
+                } else {
+                    tracing::warn!(slot = from.slot, %resource, "attributes reported under no lock are not taken");
                 }
             }
             let opening = match &envelope.message {
@@ -234,7 +266,9 @@ impl Volume {
         }
         if let LockMessage::Grant { resource, .. } = &envelope.message {
             match resource.class {
-                Class::Attr => self.adopt_attributes(resource.ino, envelope.attributes.as_deref().cloned(), envelope.home_time),
+                Class::Attr => {
+                    self.adopt_attributes(resource.ino, envelope.attributes.as_deref().cloned(), envelope.home_time)
+                }
                 // Layouts do not change while an inode lives, and an inode does not live twice.
                 Class::Open => {
                     let mut files = self.files.borrow_mut();
@@ -254,7 +288,9 @@ impl Volume {
         if observed {
             for effect in &effects {
                 if let ClientEffect::Observed { token } = effect {
-                    self.glimpse_answers.borrow_mut().insert(token.0, (envelope.attributes.clone(), envelope.home_time));
+                    self.glimpse_answers
+                        .borrow_mut()
+                        .insert(token.0, (envelope.attributes.clone(), envelope.home_time));
                 }
             }
         }
@@ -277,10 +313,10 @@ impl Volume {
                             volume.metrics.lock_revoke.record(began.elapsed());
                             let outcome = if hand_over.is_some() { Vacated::HandedOver } else { Vacated::WrittenBack };
                             // Refused: somebody has been in meanwhile, or the successor is gone; the work comes again.
-                            if volume.finish_vacate(fence, outcome) {
-                                if let Some((slot, message)) = hand_over {
-                                    volume.send(slot, Message::HandOver(message));
-                                }
+                            if volume.finish_vacate(fence, outcome)
+                                && let Some((slot, message)) = hand_over
+                            {
+                                volume.send(slot, Message::HandOver(message));
                             }
                         });
                     }
@@ -320,7 +356,11 @@ impl Volume {
                     arrived
                 };
                 match arrived {
-                    Some((slot, hand_over)) if slot == from.slot && hand_over.resource == resource && hand_over.range == range => self.take_over(slot, hand_over),
+                    Some((slot, hand_over))
+                        if slot == from.slot && hand_over.resource == resource && hand_over.range == range =>
+                    {
+                        self.take_over(slot, hand_over)
+                    }
                     Some((slot, _)) => {
                         self.hand_overs.borrow_mut().awaited.insert(grant, (resource, range, from));
                         self.refuse(slot, "a hand-over of something else than what was granted");
@@ -436,7 +476,9 @@ impl Volume {
             .waiting_pins
             .borrow()
             .iter()
-            .filter(|(_, waiting)| gone.contains(&waiting.server) && waiting.since.elapsed() >= self.options.peer_timeout)
+            .filter(|(_, waiting)| {
+                gone.contains(&waiting.server) && waiting.since.elapsed() >= self.options.peer_timeout
+            })
             .map(|(token, _)| *token)
             .collect();
         for token in expired {
@@ -455,7 +497,10 @@ impl RevokePolicy for Policy<'_> {
             Class::Data => {
                 let (below, above) = self.0.cache.borrow().neighbours(resource.ino, need);
                 let offered = granted.intersect(want.hull(need));
-                Range::new(offered.lo.max(below.unwrap_or(0)).min(need.lo), offered.hi.min(above.unwrap_or(u64::MAX)).max(need.hi))
+                Range::new(
+                    offered.lo.max(below.unwrap_or(0)).min(need.lo),
+                    offered.hi.min(above.unwrap_or(u64::MAX)).max(need.hi),
+                )
             }
             _ => need,
         }

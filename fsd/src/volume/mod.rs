@@ -43,11 +43,28 @@ use verbfs_protocol::*;
 /// What the volume needs of the fabric; one call never blocks.
 pub trait Transport {
     /// Queues a message; `Err` when the peer's session is gone or the queue is full.
-    fn send(&mut self, slot: Slot, lane: verbfs_protocol::lock::Lane, record: &[u8]) -> std::result::Result<(), String>;
+    fn send(&mut self, slot: Slot, lane: verbfs_protocol::lock::Lane, record: &[u8])
+    -> std::result::Result<(), String>;
     /// Reads from a peer's region into this node's cache region.
-    fn read(&mut self, slot: Slot, cache_offset: usize, key: u32, offset: u64, length: usize, work: u64) -> std::result::Result<(), String>;
+    fn read(
+        &mut self,
+        slot: Slot,
+        cache_offset: usize,
+        key: u32,
+        offset: u64,
+        length: usize,
+        work: u64,
+    ) -> std::result::Result<(), String>;
     /// Writes from this node's cache region into a peer's region.
-    fn write(&mut self, slot: Slot, cache_offset: usize, key: u32, offset: u64, length: usize, work: u64) -> std::result::Result<(), String>;
+    fn write(
+        &mut self,
+        slot: Slot,
+        cache_offset: usize,
+        key: u32,
+        offset: u64,
+        length: usize,
+        work: u64,
+    ) -> std::result::Result<(), String>;
     fn poll(&mut self, events: &mut Vec<TransportEvent>);
     /// The peer broke the protocol: drop its connection.
     fn refuse(&mut self, slot: Slot, reason: &str);
@@ -64,12 +81,26 @@ pub trait Transport {
 
 #[derive(Debug)]
 pub enum TransportEvent {
-    Message { slot: Slot, record: Vec<u8> },
-    Completed { work: u64, ok: bool },
-    Connected { slot: Slot, node: Node },
-    Disconnected { slot: Slot, reason: String },
+    Message {
+        slot: Slot,
+        record: Vec<u8>,
+    },
+    Completed {
+        work: u64,
+        ok: bool,
+    },
+    Connected {
+        slot: Slot,
+        node: Node,
+    },
+    Disconnected {
+        slot: Slot,
+        reason: String,
+    },
     /// The peer's daemon is gone for good (its process ended); another incarnation may come.
-    Lost { slot: Slot },
+    Lost {
+        slot: Slot,
+    },
 }
 
 #[derive(Clone, Copy, Debug, Default)]
@@ -241,7 +272,12 @@ impl Volume {
             let mut nothing_held = Vec::new();
             lock_client.server_lost(*slot, &mut nothing_held);
         }
-        let peers = options.members.iter().filter(|slot| **slot != options.me.slot).map(|slot| (*slot, Peer { gone_since: Some(Instant::now()), ..Peer::default() })).collect();
+        let peers = options
+            .members
+            .iter()
+            .filter(|slot| **slot != options.me.slot)
+            .map(|slot| (*slot, Peer { gone_since: Some(Instant::now()), ..Peer::default() }))
+            .collect();
         Rc::new(Volume {
             executor: Executor::default(),
             started: Instant::now(),
@@ -354,10 +390,10 @@ impl Volume {
     pub fn release(self: &Rc<Self>, handle: u64) {
         let file = self.open_files.borrow_mut().remove(&handle);
         if let Some(file) = file {
-            if is_writable(file.flags) {
-                if let Some(state) = self.files.borrow_mut().get_mut(&file.ino) {
-                    state.writers = state.writers.saturating_sub(1);
-                }
+            if is_writable(file.flags)
+                && let Some(state) = self.files.borrow_mut().get_mut(&file.ino)
+            {
+                state.writers = state.writers.saturating_sub(1);
             }
             self.prune_file(file.ino);
         }

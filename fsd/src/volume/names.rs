@@ -37,7 +37,11 @@ impl NameCache {
 
     pub fn drop_range(&mut self, directory: Ino, range: Range) {
         let Some(entries) = self.directories.get_mut(&directory) else { return };
-        let gone: Vec<(u64, Vec<u8>)> = entries.range((range.lo, Vec::new())..).take_while(|((hash, _), _)| *hash < range.hi).map(|(key, _)| key.clone()).collect();
+        let gone: Vec<(u64, Vec<u8>)> = entries
+            .range((range.lo, Vec::new())..)
+            .take_while(|((hash, _), _)| *hash < range.hi)
+            .map(|(key, _)| key.clone())
+            .collect();
         for key in gone {
             entries.remove(&key);
             self.entries -= 1;
@@ -118,12 +122,28 @@ impl Volume {
     ///
     /// # Errors
     /// EEXIST when `exclusive` and the name is taken; ENOENT when the directory was removed; ENOSPC.
-    pub async fn create(self: &Rc<Self>, caller: Caller, parent: Ino, name: &[u8], new: NewInode, exclusive: bool, opening: bool) -> Result<(Attributes, bool)> {
+    pub async fn create(
+        self: &Rc<Self>,
+        caller: Caller,
+        parent: Ino,
+        name: &[u8],
+        new: NewInode,
+        exclusive: bool,
+        opening: bool,
+    ) -> Result<(Attributes, bool)> {
         check_name(name)?;
-        match self.operation(parent.home(), caller, Operation::Create { parent, name: name.to_vec(), new, exclusive, opening }).await? {
+        match self
+            .operation(
+                parent.home(),
+                caller,
+                Operation::Create { parent, name: name.to_vec(), new, exclusive, opening },
+            )
+            .await?
+        {
             Reply::Created { attributes, created } => {
                 if self.is_usable(&attributes.layout) {
-                    self.files.borrow_mut().entry(attributes.ino).or_default().layout = Some(Rc::new(attributes.layout.clone()));
+                    self.files.borrow_mut().entry(attributes.ino).or_default().layout =
+                        Some(Rc::new(attributes.layout.clone()));
                 }
                 Ok((*attributes, created))
             }
@@ -131,9 +151,18 @@ impl Volume {
         }
     }
 
-    pub async fn make_directory(self: &Rc<Self>, caller: Caller, parent: Ino, name: &[u8], new: NewInode) -> Result<Attributes> {
+    pub async fn make_directory(
+        self: &Rc<Self>,
+        caller: Caller,
+        parent: Ino,
+        name: &[u8],
+        new: NewInode,
+    ) -> Result<Attributes> {
         check_name(name)?;
-        match self.operation(parent.home(), caller, Operation::MakeDirectory { parent, name: name.to_vec(), new }).await? {
+        match self
+            .operation(parent.home(), caller, Operation::MakeDirectory { parent, name: name.to_vec(), new })
+            .await?
+        {
             Reply::Attributes(attributes) => Ok(*attributes),
             _ => Err(Errno::EPROTO),
         }
@@ -150,7 +179,9 @@ impl Volume {
             b".." => return Err(Errno::ENOTEMPTY),
             _ => check_name(name)?,
         }
-        self.operation(parent.home(), caller, Operation::RemoveDirectory { parent, name: name.to_vec() }).await.map(|_| ())
+        self.operation(parent.home(), caller, Operation::RemoveDirectory { parent, name: name.to_vec() })
+            .await
+            .map(|_| ())
     }
 
     pub async fn link(self: &Rc<Self>, caller: Caller, ino: Ino, parent: Ino, name: &[u8]) -> Result<Attributes> {
@@ -161,7 +192,15 @@ impl Volume {
         }
     }
 
-    pub async fn rename(self: &Rc<Self>, caller: Caller, parent: Ino, name: &[u8], new_parent: Ino, new_name: &[u8], flags: RenameFlags) -> Result<()> {
+    pub async fn rename(
+        self: &Rc<Self>,
+        caller: Caller,
+        parent: Ino,
+        name: &[u8],
+        new_parent: Ino,
+        new_name: &[u8],
+        flags: RenameFlags,
+    ) -> Result<()> {
         check_name(name)?;
         check_name(new_name)?;
         let kind = Operation::Rename { parent, name: name.to_vec(), new_parent, new_name: new_name.to_vec(), flags };
@@ -197,14 +236,28 @@ impl Volume {
         }
     }
 
-    pub async fn set_xattr(self: &Rc<Self>, caller: Caller, ino: Ino, name: &[u8], value: &[u8], create: bool, replace: bool) -> Result<()> {
+    pub async fn set_xattr(
+        self: &Rc<Self>,
+        caller: Caller,
+        ino: Ino,
+        name: &[u8],
+        value: &[u8],
+        create: bool,
+        replace: bool,
+    ) -> Result<()> {
         if value.len() > XATTR_VALUE_MAX {
             return Err(Errno(libc::E2BIG));
         }
         if name.is_empty() || name.len() > NAME_MAX {
             return Err(Errno::ERANGE);
         }
-        self.operation(ino.home(), caller, Operation::SetXattr { ino, name: name.to_vec(), value: value.to_vec(), create, replace }).await.map(|_| ())
+        self.operation(
+            ino.home(),
+            caller,
+            Operation::SetXattr { ino, name: name.to_vec(), value: value.to_vec(), create, replace },
+        )
+        .await
+        .map(|_| ())
     }
 
     pub async fn remove_xattr(self: &Rc<Self>, caller: Caller, ino: Ino, name: &[u8]) -> Result<()> {
@@ -213,10 +266,12 @@ impl Volume {
 
     /// Space of the whole volume: the sum over the nodes that can be reached.
     pub async fn statfs(self: &Rc<Self>) -> Result<Space> {
-        let calls = self.options.members.clone().into_iter().map(|slot| -> std::pin::Pin<Box<dyn Future<Output = Result<Reply>>>> {
-            let volume = self.clone();
-            Box::pin(async move { volume.call(slot, Request::Statfs).await })
-        });
+        let calls = self.options.members.clone().into_iter().map(
+            |slot| -> std::pin::Pin<Box<dyn Future<Output = Result<Reply>>>> {
+                let volume = self.clone();
+                Box::pin(async move { volume.call(slot, Request::Statfs).await })
+            },
+        );
         let mut sum = Space::default();
         for reply in crate::executor::join_all(calls.collect()).await {
             if let Ok(Reply::Space(space)) = reply {

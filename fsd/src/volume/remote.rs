@@ -18,7 +18,8 @@ impl Volume {
     /// What the node answers; EIO when it is unreachable for the peer time-out; EINVAL for a slot that is no member.
     pub(crate) async fn call(self: &Rc<Self>, slot: Slot, request: Request) -> Result<Reply> {
         if slot == self.slot() {
-            let future: std::pin::Pin<Box<dyn Future<Output = Result<Reply>>>> = Box::pin(self.clone().serve(self.options.me, request));
+            let future: std::pin::Pin<Box<dyn Future<Output = Result<Reply>>>> =
+                Box::pin(self.clone().serve(self.options.me, request));
             return future.await;
         }
         if !self.options.members.contains(&slot) {
@@ -60,7 +61,12 @@ impl Volume {
             return;
         }
         let lane = message.lane();
-        let source = header::Source { slot: self.slot(), node_incarnation: self.options.me.incarnation, daemon_incarnation: self.options.daemon_incarnation, view: 1 };
+        let source = header::Source {
+            slot: self.slot(),
+            node_incarnation: self.options.me.incarnation,
+            daemon_incarnation: self.options.daemon_incarnation,
+            view: 1,
+        };
         let record = header::frame(source, message.message_type(), &encode(&message));
         self.metrics.messages_sent[metric_lane(lane)].increment();
         let sent = match self.transport.borrow_mut().as_mut() {
@@ -100,11 +106,15 @@ impl Volume {
     fn transport_event(self: &Rc<Self>, event: TransportEvent) {
         match event {
             TransportEvent::Message { slot, record } => {
-                let decoded = header::unframe(&record).and_then(|(source, message_type, body)| Ok((source, message_type, decode::<Message>(body)?)));
+                let decoded = header::unframe(&record)
+                    .and_then(|(source, message_type, body)| Ok((source, message_type, decode::<Message>(body)?)));
                 match decoded {
                     Ok((source, message_type, message)) => {
                         let node = self.peers.borrow().get(&slot).and_then(|peer| peer.node);
-                        if source.slot != slot || Some(source.node_incarnation) != node.map(|node| node.incarnation) || message_type != message.message_type() {
+                        if source.slot != slot
+                            || Some(source.node_incarnation) != node.map(|node| node.incarnation)
+                            || message_type != message.message_type()
+                        {
                             self.refuse(slot, "a message under another node's name");
                             return;
                         }
@@ -175,7 +185,8 @@ impl Volume {
     /// What a peer of a past incarnation held here goes; what it kept for this node is void.
     fn forget_peer(self: &Rc<Self>, slot: Slot) {
         tracing::warn!(slot, "peer gone: its locks are released, what it kept for this node is void");
-        let calls: Vec<u64> = self.calls.borrow().iter().filter(|(_, call)| call.slot == slot).map(|(id, _)| *id).collect();
+        let calls: Vec<u64> =
+            self.calls.borrow().iter().filter(|(_, call)| call.slot == slot).map(|(id, _)| *id).collect();
         for id in calls {
             let call = self.calls.borrow_mut().remove(&id);
             drop(call);
@@ -224,12 +235,22 @@ impl Volume {
         let gone: Vec<Slot> = {
             let peers = self.peers.borrow();
             let timeout = self.options.peer_timeout;
-            peers.iter().filter(|(_, peer)| peer.gone_since.is_some_and(|since| since.elapsed() >= timeout)).map(|(slot, _)| *slot).collect()
+            peers
+                .iter()
+                .filter(|(_, peer)| peer.gone_since.is_some_and(|since| since.elapsed() >= timeout))
+                .map(|(slot, _)| *slot)
+                .collect()
         };
         if !gone.is_empty() {
             self.expire_pins(&gone);
             let timeout = self.options.peer_timeout;
-            let expired: Vec<u64> = self.calls.borrow().iter().filter(|(_, call)| gone.contains(&call.slot) && call.since.elapsed() >= timeout).map(|(id, _)| *id).collect();
+            let expired: Vec<u64> = self
+                .calls
+                .borrow()
+                .iter()
+                .filter(|(_, call)| gone.contains(&call.slot) && call.since.elapsed() >= timeout)
+                .map(|(id, _)| *id)
+                .collect();
             for id in expired {
                 let call = self.calls.borrow_mut().remove(&id);
                 drop(call);

@@ -32,9 +32,21 @@ impl Volume {
             }
             Request::List { directory, cursor, limit } => {
                 let limit = limit.clamp(1, LIST_MAX);
-                let listed = self.store.borrow().read(|txn| txn.scan(directory, cursor, limit as usize)).map_err(store_error)?;
+                let listed =
+                    self.store.borrow().read(|txn| txn.scan(directory, cursor, limit as usize)).map_err(store_error)?;
                 let end = listed.len() < limit as usize;
-                Ok(Reply::Entries { entries: listed.into_iter().map(|entry| Listed { name: entry.name, ino: entry.entry.ino, kind: entry.entry.kind, cursor: entry.cursor }).collect(), end })
+                Ok(Reply::Entries {
+                    entries: listed
+                        .into_iter()
+                        .map(|entry| Listed {
+                            name: entry.name,
+                            ino: entry.entry.ino,
+                            kind: entry.entry.kind,
+                            cursor: entry.cursor,
+                        })
+                        .collect(),
+                    end,
+                })
             }
             Request::Parent { directory } => {
                 let parent = self.store.borrow().read(|txn| txn.parent(directory)).map_err(store_error)?;
@@ -66,7 +78,11 @@ impl Volume {
                 Ok(Reply::Names(self.store.borrow().read(|txn| txn.xattrs(ino)).map_err(store_error)?))
             }
             Request::Layout { ino, range } => {
-                let extents = self.store.borrow().read(|txn| self.extents.borrow().lookup(txn, ino, range)).map_err(arena_error)?;
+                let extents = self
+                    .store
+                    .borrow()
+                    .read(|txn| self.extents.borrow().lookup(txn, ino, range))
+                    .map_err(arena_error)?;
                 Ok(Reply::Extents { key: self.arena_key, extents, allocated: 0 })
             }
             Request::Allocate { ino, range, zero } => self.allocate(from, ino, range, zero),
@@ -75,7 +91,11 @@ impl Volume {
                     return Err(Errno::EINVAL);
                 }
                 self.note_taken(from, ino, &ranges);
-                let change = self.store.borrow_mut().write(|txn| self.extents.borrow_mut().commit(txn, ino, &ranges)).map_err(arena_error)?;
+                let change = self
+                    .store
+                    .borrow_mut()
+                    .write(|txn| self.extents.borrow_mut().commit(txn, ino, &ranges))
+                    .map_err(arena_error)?;
                 self.extents.borrow_mut().apply(change).map_err(arena_error)?;
                 Ok(Reply::Done)
             }
@@ -91,8 +111,12 @@ impl Volume {
             },
             Request::Prepare { transaction, updates } => self.prepare(transaction, updates),
             Request::Decide { transaction, commit } => self.decide(transaction, commit),
-            Request::SetFileLock { ino, space, lock, wait, token } => self.serve_set_file_lock(from, ino, space, lock, wait, token).await,
-            Request::GetFileLock { ino, space, lock } => Ok(Reply::FileLock(self.file_locks.borrow().table.get(ino, space, lock))),
+            Request::SetFileLock { ino, space, lock, wait, token } => {
+                self.serve_set_file_lock(from, ino, space, lock, wait, token).await
+            }
+            Request::GetFileLock { ino, space, lock } => {
+                Ok(Reply::FileLock(self.file_locks.borrow().table.get(ino, space, lock)))
+            }
             Request::CancelFileLock { token, .. } => self.serve_cancel_file_lock(from, token),
             Request::ReleaseFileLocks { ino, space, owner } => self.serve_release_file_locks(from, ino, space, owner),
             Request::WaitsFor { owner } => Ok(Reply::Owners(self.file_locks.borrow().table.waits_for(owner))),
@@ -110,7 +134,9 @@ impl Volume {
         let taken: Vec<GrantId> = server
             .holders(resource)
             .into_iter()
-            .filter(|view| view.incoming && view.slot == from.slot && ranges.iter().any(|range| range.overlaps(view.range)))
+            .filter(|view| {
+                view.incoming && view.slot == from.slot && ranges.iter().any(|range| range.overlaps(view.range))
+            })
             .map(|view| view.grant)
             .collect();
         let mut effects = Vec::new();
@@ -131,12 +157,17 @@ impl Volume {
         if !held.contains(range) {
             return Err(Errno::EINVAL);
         }
-        if range.is_empty() || range.len() > crate::volume::data::PIECE_MAX / PAGE_SIZE * 64 || range.hi > u64::MAX / PAGE_SIZE {
+        if range.is_empty()
+            || range.len() > crate::volume::data::PIECE_MAX / PAGE_SIZE * 64
+            || range.hi > u64::MAX / PAGE_SIZE
+        {
             return Err(Errno::EINVAL);
         }
-        let before = self.store.borrow().read(|txn| self.extents.borrow().lookup(txn, ino, range)).map_err(arena_error)?;
+        let before =
+            self.store.borrow().read(|txn| self.extents.borrow().lookup(txn, ino, range)).map_err(arena_error)?;
         let had: u64 = before.iter().map(|extent| extent.pages).sum();
-        let allocated = self.store.borrow().read(|txn| self.extents.borrow_mut().allocate(txn, ino, range, Claim::Free));
+        let allocated =
+            self.store.borrow().read(|txn| self.extents.borrow_mut().allocate(txn, ino, range, Claim::Free));
         let mut extents = allocated.map_err(|error| {
             let errno = arena_error(error);
             if errno == Errno::ENOSPC {
@@ -150,20 +181,32 @@ impl Volume {
             let mut fresh = Vec::new();
             for extent in extents.iter().filter(|extent| !extent.committed) {
                 for part in without_all(Range::new(extent.page, extent.page + extent.pages), &before) {
-                    self.extents.borrow().arena().zero((extent.arena_page + (part.lo - extent.page)) * PAGE_SIZE, part.len() * PAGE_SIZE);
+                    self.extents
+                        .borrow()
+                        .arena()
+                        .zero((extent.arena_page + (part.lo - extent.page)) * PAGE_SIZE, part.len() * PAGE_SIZE);
                     fresh.push(part);
                 }
             }
-            let change = self.store.borrow_mut().write(|txn| self.extents.borrow_mut().commit(txn, ino, &fresh)).map_err(arena_error)?;
+            let change = self
+                .store
+                .borrow_mut()
+                .write(|txn| self.extents.borrow_mut().commit(txn, ino, &fresh))
+                .map_err(arena_error)?;
             self.extents.borrow_mut().apply(change).map_err(arena_error)?;
-            extents = self.store.borrow().read(|txn| self.extents.borrow().lookup(txn, ino, range)).map_err(arena_error)?;
+            extents =
+                self.store.borrow().read(|txn| self.extents.borrow().lookup(txn, ino, range)).map_err(arena_error)?;
         }
         Ok(Reply::Extents { key: self.arena_key, extents, allocated: new })
     }
 
     pub(crate) fn free(&self, ino: Ino, range: Range) -> Result<u64> {
         let full = |error: &verbfs_arena::Error| error.errno() == libc::ENOSPC;
-        let change = self.store.borrow_mut().write_reclaiming(full, |txn| self.extents.borrow_mut().remove(txn, ino, range)).map_err(arena_error)?;
+        let change = self
+            .store
+            .borrow_mut()
+            .write_reclaiming(full, |txn| self.extents.borrow_mut().remove(txn, ino, range))
+            .map_err(arena_error)?;
         self.extents.borrow_mut().apply(change).map_err(arena_error)
     }
 
@@ -188,20 +231,21 @@ impl Volume {
                 _ => asked.push((slot, resource, range)),
             }
         }
-        let calls = asked.into_iter().map(|(slot, resource, range)| -> std::pin::Pin<Box<dyn Future<Output = Result<()>>>> {
-            let volume = self.clone();
-            Box::pin(async move {
-                match volume.call(slot, Request::Flush { resource, range }).await? {
-                    Reply::Flushed { report } => {
-                        if let Some(report) = report {
-                            volume.apply_report(resource.ino, report);
+        let calls =
+            asked.into_iter().map(|(slot, resource, range)| -> std::pin::Pin<Box<dyn Future<Output = Result<()>>>> {
+                let volume = self.clone();
+                Box::pin(async move {
+                    match volume.call(slot, Request::Flush { resource, range }).await? {
+                        Reply::Flushed { report } => {
+                            if let Some(report) = report {
+                                volume.apply_report(resource.ino, report);
+                            }
+                            Ok(())
                         }
-                        Ok(())
+                        _ => Err(Errno::EPROTO),
                     }
-                    _ => Err(Errno::EPROTO),
-                }
-            })
-        });
+                })
+            });
         let mut outcome = Ok(());
         for result in crate::executor::join_all(calls.collect()).await {
             outcome = outcome.and(result);
@@ -232,7 +276,12 @@ impl Volume {
             };
             Holder { slot: view.slot, range: view.range, mode: view.mode, state: state.to_string() }
         });
-        let waiters = server.waiters(resource).into_iter().map(|view| Holder { slot: view.request.node.slot, range: view.need, mode: view.mode, state: format!("waiting for {} ms", self.ticks().saturating_sub(view.since)) });
+        let waiters = server.waiters(resource).into_iter().map(|view| Holder {
+            slot: view.request.node.slot,
+            range: view.need,
+            mode: view.mode,
+            state: format!("waiting for {} ms", self.ticks().saturating_sub(view.since)),
+        });
         Reply::Holders { holders: holders.collect(), waiters: waiters.collect() }
     }
 }

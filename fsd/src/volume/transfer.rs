@@ -26,11 +26,13 @@ fn runs(mut pages: Vec<(Slot, u64, SlotIndex)>) -> Vec<Run> {
     pages.sort_unstable_by_key(|(slot, arena_page, _)| (*slot, *arena_page));
     let mut runs: Vec<Run> = Vec::new();
     for (slot, arena_page, index) in pages {
-        if let Some(last) = runs.last_mut() {
-            if last.slot == slot && last.arena_page + last.pages as u64 == arena_page && last.first.offset() + last.pages * PAGE_SIZE as usize == index.offset() {
-                last.pages += 1;
-                continue;
-            }
+        if let Some(last) = runs.last_mut()
+            && last.slot == slot
+            && last.arena_page + last.pages as u64 == arena_page
+            && last.first.offset() + last.pages * PAGE_SIZE as usize == index.offset()
+        {
+            last.pages += 1;
+            continue;
         }
         runs.push(Run { slot, arena_page, first: index, pages: 1 });
     }
@@ -130,12 +132,24 @@ impl Volume {
         if page + pages as u64 <= self.extents.borrow().arena().total_pages() { Ok(()) } else { Err(Errno::EIO) }
     }
 
-    fn post(&self, slot: Slot, read: bool, cache_offset: usize, key: u32, offset: u64, length: usize) -> Result<Receiver<bool>> {
+    fn post(
+        &self,
+        slot: Slot,
+        read: bool,
+        cache_offset: usize,
+        key: u32,
+        offset: u64,
+        length: usize,
+    ) -> Result<Receiver<bool>> {
         let work = self.number();
         let (sender, receiver) = oneshot();
         let mut transport = self.transport.borrow_mut();
         let transport = transport.as_mut().ok_or(Errno::EIO)?;
-        let posted = if read { transport.read(slot, cache_offset, key, offset, length, work) } else { transport.write(slot, cache_offset, key, offset, length, work) };
+        let posted = if read {
+            transport.read(slot, cache_offset, key, offset, length, work)
+        } else {
+            transport.write(slot, cache_offset, key, offset, length, work)
+        };
         match posted {
             Ok(()) => {
                 self.transfers.borrow_mut().insert(work, sender);
@@ -203,7 +217,8 @@ impl Volume {
             return Ok(());
         }
         let began = Instant::now();
-        let guard = Writing { volume: self.clone(), pages: RefCell::new(writing.iter().map(|(_, index)| *index).collect()) };
+        let guard =
+            Writing { volume: self.clone(), pages: RefCell::new(writing.iter().map(|(_, index)| *index).collect()) };
         let mut outcome = self.write_runs(runs(transfers)).await;
         if outcome.is_ok() {
             let mut by_slot: std::collections::BTreeMap<Slot, Vec<Range>> = Default::default();
@@ -240,7 +255,11 @@ impl Volume {
         loop {
             let busy = {
                 let cache = self.cache.borrow();
-                cache.writing_pages() > 0 && cache.pages_in(ino, range).into_iter().any(|page| cache.slot_of(ino, page).is_some_and(|slot| cache.is_writing(slot)))
+                cache.writing_pages() > 0
+                    && cache
+                        .pages_in(ino, range)
+                        .into_iter()
+                        .any(|page| cache.slot_of(ino, page).is_some_and(|slot| cache.is_writing(slot)))
             };
             if !busy {
                 return;
@@ -270,7 +289,10 @@ impl Volume {
 
     fn is_handing_over(&self, ino: Ino, range: Range) -> bool {
         let cache = self.cache.borrow();
-        cache.pages_in(ino, range).into_iter().any(|page| cache.slot_of(ino, page).is_some_and(|slot| cache.is_transit(slot)))
+        cache
+            .pages_in(ino, range)
+            .into_iter()
+            .any(|page| cache.slot_of(ino, page).is_some_and(|slot| cache.is_transit(slot)))
     }
 
     /// Those pages that a server stores.
@@ -285,7 +307,15 @@ impl Volume {
 
     /// Does what a revoke of DATA asks: unmap, write back, drop. Or, with a successor: keeps the pages for it, and
     /// returns the message that tells it where they are.
-    pub(crate) async fn vacate_data(self: &Rc<Self>, resource: Resource, range: Range, held: Mode, grant: GrantId, keep: Option<Mode>, successor: Option<Successor>) -> Option<(Slot, HandOver)> {
+    pub(crate) async fn vacate_data(
+        self: &Rc<Self>,
+        resource: Resource,
+        range: Range,
+        held: Mode,
+        grant: GrantId,
+        keep: Option<Mode>,
+        successor: Option<Successor>,
+    ) -> Option<(Slot, HandOver)> {
         let ino = resource.ino;
         // 1. The kernel's pages. What it had dirty comes back as writes through the fence.
         if held == Mode::X || keep.is_none() {
@@ -309,7 +339,8 @@ impl Volume {
         let cached: Vec<Range> = {
             let mut files = self.files.borrow_mut();
             let Some(file) = files.get_mut(&ino) else { return };
-            let cached = file.kernel.iter().filter(|piece| piece.overlaps(range)).map(|piece| piece.intersect(range)).collect();
+            let cached =
+                file.kernel.iter().filter(|piece| piece.overlaps(range)).map(|piece| piece.intersect(range)).collect();
             file.kernel.remove(range);
             cached
         };
@@ -317,10 +348,10 @@ impl Volume {
             let sweep = (piece, Instant::now());
             self.files.borrow_mut().entry(ino).or_default().sweeping.push(sweep);
             self.invalidate_kernel(ino, piece).await;
-            if let Some(file) = self.files.borrow_mut().get_mut(&ino) {
-                if let Some(index) = file.sweeping.iter().position(|other| *other == sweep) {
-                    file.sweeping.swap_remove(index);
-                }
+            if let Some(file) = self.files.borrow_mut().get_mut(&ino)
+                && let Some(index) = file.sweeping.iter().position(|other| *other == sweep)
+            {
+                file.sweeping.swap_remove(index);
             }
         }
     }
@@ -329,7 +360,15 @@ impl Volume {
         f(&mut self.files.borrow_mut().entry(ino).or_default().vacating);
     }
 
-    async fn vacate_pages(self: &Rc<Self>, resource: Resource, range: Range, held: Mode, grant: GrantId, keep: Option<Mode>, successor: Option<Successor>) -> Option<(Slot, HandOver)> {
+    async fn vacate_pages(
+        self: &Rc<Self>,
+        resource: Resource,
+        range: Range,
+        held: Mode,
+        grant: GrantId,
+        keep: Option<Mode>,
+        successor: Option<Successor>,
+    ) -> Option<(Slot, HandOver)> {
         let ino = resource.ino;
         // 2. Nothing in flight.
         self.wait_for_write_back(ino, range).await;
@@ -346,38 +385,50 @@ impl Volume {
         {
             let mut cache = self.cache.borrow_mut();
             for page in &pages {
-                if let Some(index) = cache.slot_of(ino, *page) {
-                    if cache.is_transit(index) {
-                        cache.end_transit(index);
-                    }
+                if let Some(index) = cache.slot_of(ino, *page)
+                    && cache.is_transit(index)
+                {
+                    cache.end_transit(index);
                 }
             }
         }
         // 3. To the successor, if there is one.
-        if let Some(successor) = successor {
-            if held == Mode::X && pages.len() <= RUNS_MAX {
-                let mut message = HandOver { resource, new_grant: successor.grant, old_grant: grant, range, key: self.cache_key, pages: Vec::with_capacity(pages.len()) };
-                {
-                    let mut cache = self.cache.borrow_mut();
-                    for page in &pages {
-                        if let Some(index) = cache.slot_of(ino, *page) {
-                            let dirty = cache.begin_transit(index) && !self.mutated("hand_over_drops_dirty");
-                            message.pages.push(HandOverPage { page: *page, offset: index.offset() as u64, dirty });
-                        }
+        if let Some(successor) = successor
+            && held == Mode::X
+            && pages.len() <= RUNS_MAX
+        {
+            let mut message = HandOver {
+                resource,
+                new_grant: successor.grant,
+                old_grant: grant,
+                range,
+                key: self.cache_key,
+                pages: Vec::with_capacity(pages.len()),
+            };
+            {
+                let mut cache = self.cache.borrow_mut();
+                for page in &pages {
+                    if let Some(index) = cache.slot_of(ino, *page) {
+                        let dirty = cache.begin_transit(index) && !self.mutated("hand_over_drops_dirty");
+                        message.pages.push(HandOverPage { page: *page, offset: index.offset() as u64, dirty });
                     }
                 }
-                self.metrics.hand_overs[Direction::Sent].increment();
-                self.metrics.hand_over_pages[Direction::Sent].add(message.pages.len() as u64);
-                self.cap_size_floor(ino, range.lo);
-                return Some((successor.slot, message));
             }
+            self.metrics.hand_overs[Direction::Sent].increment();
+            self.metrics.hand_over_pages[Direction::Sent].add(message.pages.len() as u64);
+            self.cap_size_floor(ino, range.lo);
+            return Some((successor.slot, message));
         }
         // 4. Home.
         if !self.mutated("no_write_back_before_release") {
             loop {
                 let dirty: Vec<u64> = {
                     let cache = self.cache.borrow();
-                    pages.iter().copied().filter(|page| cache.slot_of(ino, *page).is_some_and(|slot| cache.is_dirty(slot))).collect()
+                    pages
+                        .iter()
+                        .copied()
+                        .filter(|page| cache.slot_of(ino, *page).is_some_and(|slot| cache.is_dirty(slot)))
+                        .collect()
                 };
                 if dirty.is_empty() {
                     // Background write-back may have got there first: wait for its commit too.
@@ -416,9 +467,20 @@ impl Volume {
                 let mut parts: Vec<Range> = Vec::new();
                 // Only where something is known: a range may reach to the end of all files.
                 let extents = file.extents.values().map(|extent| Range::new(extent.page, extent.page + extent.pages));
-                let cached = self.cache.borrow().pages_in(ino, range).into_iter().map(|page| Range::new(page, page + 1)).collect::<Vec<_>>();
+                let cached = self
+                    .cache
+                    .borrow()
+                    .pages_in(ino, range)
+                    .into_iter()
+                    .map(|page| Range::new(page, page + 1))
+                    .collect::<Vec<_>>();
                 for piece in file.known.iter().chain(extents).chain(cached).filter(|piece| piece.overlaps(range)) {
-                    parts.extend(pieces(layout, piece.intersect(range)).into_iter().filter(|(slot, _)| *slot == resource.server).map(|(_, piece)| piece));
+                    parts.extend(
+                        pieces(layout, piece.intersect(range))
+                            .into_iter()
+                            .filter(|(slot, _)| *slot == resource.server)
+                            .map(|(_, piece)| piece),
+                    );
                 }
                 parts
             }
@@ -504,10 +566,8 @@ impl Volume {
         for (page, dirty) in reserved {
             if ok {
                 cache.fetched(ino, page);
-                if dirty {
-                    if let Some(index) = cache.slot_of(ino, page) {
-                        cache.mark_dirty(index);
-                    }
+                if dirty && let Some(index) = cache.slot_of(ino, page) {
+                    cache.mark_dirty(index);
                 }
             } else {
                 cache.abandon(ino, page);
@@ -559,7 +619,13 @@ impl Volume {
                 let pages: Vec<u64> = {
                     let files = volume.files.borrow();
                     let vacating = files.get(&ino).map(|file: &FileState| file.vacating.clone()).unwrap_or_default();
-                    volume.cache.borrow().dirty_in(ino, Range::ALL).into_iter().filter(|page| !vacating.iter().any(|range| range.lo <= *page && *page < range.hi)).collect()
+                    volume
+                        .cache
+                        .borrow()
+                        .dirty_in(ino, Range::ALL)
+                        .into_iter()
+                        .filter(|page| !vacating.iter().any(|range| range.lo <= *page && *page < range.hi))
+                        .collect()
                 };
                 for batch in pages.chunks(BATCH_PAGES) {
                     // Whoever vacates meanwhile waits for pages under write-back; those not yet begun are its own to write.

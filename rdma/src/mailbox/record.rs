@@ -136,7 +136,12 @@ impl Header {
     }
 
     /// Checks private copies of a header and its body. `head` is what the head word was when it was first seen.
-    pub(crate) fn decode(bytes: &[u8; HEADER_LENGTH], body: &[u8], head: Head, lane: u8) -> Result<Header, &'static str> {
+    pub(crate) fn decode(
+        bytes: &[u8; HEADER_LENGTH],
+        body: &[u8],
+        head: Head,
+        lane: u8,
+    ) -> Result<Header, &'static str> {
         let sum = u32::from_le_bytes(bytes[8..12].try_into().expect("four bytes"));
         if bytes[0..8] != head.encode().to_le_bytes() || sum != checksum(*bytes, body) {
             return Err("a record with a wrong checksum");

@@ -186,7 +186,11 @@ impl Shared {
     }
 
     fn identity<R>(&self, body: impl FnOnce(&Identity<'_>) -> R) -> R {
-        body(&Identity { hello: &self.hello, key: &self.key, admit: &|slot, incarnation| self.admit(slot, incarnation) })
+        body(&Identity {
+            hello: &self.hello,
+            key: &self.key,
+            admit: &|slot, incarnation| self.admit(slot, incarnation),
+        })
     }
 
     fn peer_process(connection: BorrowedFd<'_>) -> Result<Option<(i32, OwnedFd)>, ConnectError> {
@@ -219,7 +223,7 @@ impl Shared {
                 Ok(established) => shared.report(Outcome::Established(established)),
                 Err(reason) => {
                     if !matches!(reason, ConnectError::NotListening(_)) {
-                        tracing::warn!(slot, %reason, "connection attempt failed");
+                        tracing::debug!(slot, %reason, "connection attempt failed");
                     }
                     shared.report(Outcome::Failed { slot, reason })
                 }
@@ -239,7 +243,8 @@ impl Shared {
         let started = self.begin_handshake(move |shared| {
             let deadline = Instant::now() + shared.handshake_timeout;
             let attempt = || {
-                let hello = shared.identity(|identity| handshake::accept(&mut connection.as_fd(), identity, deadline))?;
+                let hello =
+                    shared.identity(|identity| handshake::accept(&mut connection.as_fd(), identity, deadline))?;
                 Ok((hello, Self::peer_process(connection.as_fd())?))
             };
             match attempt() {
@@ -253,7 +258,9 @@ impl Shared {
                 Err(ConnectError::Broken) => {}
                 Err(reason) => {
                     let pid = socket::peer_process(connection.as_fd()).unwrap_or(0);
-                    tracing::warn!(pid, %reason, "refused a connection");
+                    if let Some(more) = refusal_to_log() {
+                        tracing::warn!(pid, %reason, more, "refused a connection");
+                    }
                 }
             }
         });
@@ -300,4 +307,18 @@ impl Shared {
         self.stopping.store(true, Ordering::Release);
         socket::signal_event(self.stop.as_raw_fd());
     }
+}
+
+/// At most one refusal a second is logged, or a peer that tries again and again fills the disk. `Some(n)`: log this one,
+/// `n` have gone unlogged since the last.
+fn refusal_to_log() -> Option<u64> {
+    static LAST: std::sync::Mutex<(Option<Instant>, u64)> = std::sync::Mutex::new((None, 0));
+    let mut last = LAST.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+    if last.0.is_some_and(|at| at.elapsed() < std::time::Duration::from_secs(1)) {
+        last.1 += 1;
+        return None;
+    }
+    let unlogged = last.1;
+    *last = (Some(Instant::now()), 0);
+    Some(unlogged)
 }

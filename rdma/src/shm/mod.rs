@@ -305,7 +305,8 @@ impl ShmFabric {
                 return self.attach_failed(slot, &error);
             }
         };
-        self.shared.change_admission(slot, |admission| admission.minimum = admission.minimum.max(Some(hello.incarnation)));
+        self.shared
+            .change_admission(slot, |admission| admission.minimum = admission.minimum.max(Some(hello.incarnation)));
         let peer = self.peer(slot);
         peer.last = Some(hello.incarnation);
         match &process {
@@ -341,8 +342,10 @@ impl ShmFabric {
             pending: VecDeque::new(),
         }));
         self.active.push(slot);
-        let attach =
-            Frame { bytes: vec![FRAME_ATTACH], descriptors: vec![Arc::new(page_descriptor), self.shared.event.clone()] };
+        let attach = Frame {
+            bytes: vec![FRAME_ATTACH],
+            descriptors: vec![Arc::new(page_descriptor), self.shared.event.clone()],
+        };
         self.enqueue(slot, attach);
         let visible: Vec<Frame> = self
             .regions
@@ -591,7 +594,8 @@ impl Connection {
                 let length = u64::from_le_bytes(bytes[5..13].try_into().expect("eight bytes"));
                 let memory = descriptors.pop().expect("one descriptor");
                 let known = self.mappings.iter().any(|(other, _)| *other == key);
-                if known || self.mappings.len() >= PEER_REGIONS_MAXIMUM || sealed && !socket::is_sealed(memory.as_fd()) {
+                if known || self.mappings.len() >= PEER_REGIONS_MAXIMUM || sealed && !socket::is_sealed(memory.as_fd())
+                {
                     return Err(DisconnectReason::Protocol("a region that cannot be"));
                 }
                 let mapping = usize::try_from(length)
@@ -631,7 +635,11 @@ impl Connection {
         }
         if let Verb::WriteImmediate(_) = verb {
             // Room first: once its bytes are in place the announcement may not fail.
-            match self.producer.has_room::<Hardware>(remote.page.entries(), remote.page.consumed(), remote.page.stalled()) {
+            match self.producer.has_room::<Hardware>(
+                remote.page.entries(),
+                remote.page.consumed(),
+                remote.page.stalled(),
+            ) {
                 Ok(()) => {}
                 Err(PushError::Full) => return Performed::Later,
                 Err(PushError::Corrupt) => {
@@ -1049,9 +1057,8 @@ mod tests {
     fn raw_connection() -> (Connection, OwnedFd) {
         let mut ends = [0; 2];
         // SAFETY: room for two descriptors.
-        let made = unsafe {
-            libc::socketpair(libc::AF_UNIX, libc::SOCK_SEQPACKET | libc::SOCK_CLOEXEC, 0, ends.as_mut_ptr())
-        };
+        let made =
+            unsafe { libc::socketpair(libc::AF_UNIX, libc::SOCK_SEQPACKET | libc::SOCK_CLOEXEC, 0, ends.as_mut_ptr()) };
         assert_eq!(made, 0);
         // SAFETY: both descriptors are new and ours.
         let (near, far) = unsafe { (OwnedFd::from_raw_fd(ends[0]), OwnedFd::from_raw_fd(ends[1])) };

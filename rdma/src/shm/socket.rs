@@ -55,7 +55,9 @@ pub(crate) fn connect(path: &Path) -> io::Result<OwnedFd> {
 pub(super) fn listen(path: &Path) -> io::Result<OwnedFd> {
     match connect(path) {
         Ok(_) => return Err(io::Error::from(io::ErrorKind::AddrInUse)),
-        Err(error) if error.raw_os_error() == Some(libc::EAGAIN) => return Err(io::Error::from(io::ErrorKind::AddrInUse)),
+        Err(error) if error.raw_os_error() == Some(libc::EAGAIN) => {
+            return Err(io::Error::from(io::ErrorKind::AddrInUse));
+        }
         Err(error) if error.raw_os_error() == Some(libc::ECONNREFUSED) => std::fs::remove_file(path)?,
         Err(_) => {}
     }
@@ -109,7 +111,13 @@ pub(super) fn process_descriptor(pid: i32) -> io::Result<OwnedFd> {
 pub(super) fn kill_process(process: BorrowedFd<'_>) -> io::Result<()> {
     // SAFETY: a null siginfo is allowed.
     let result = unsafe {
-        libc::syscall(libc::SYS_pidfd_send_signal, process.as_raw_fd(), libc::SIGKILL, std::ptr::null::<libc::siginfo_t>(), 0)
+        libc::syscall(
+            libc::SYS_pidfd_send_signal,
+            process.as_raw_fd(),
+            libc::SIGKILL,
+            std::ptr::null::<libc::siginfo_t>(),
+            0,
+        )
     };
     check(result as libc::c_int).map(drop)
 }
@@ -234,7 +242,8 @@ pub(super) fn receive(socket: BorrowedFd<'_>, buffer: &mut [u8]) -> io::Result<(
     message.msg_control = space.as_mut_ptr().cast();
     message.msg_controllen = size_of_val(&space) as _;
     // SAFETY: all pointers in `message` are to live locals.
-    let length = unsafe { libc::recvmsg(socket.as_raw_fd(), &mut message, libc::MSG_CMSG_CLOEXEC | libc::MSG_DONTWAIT) };
+    let length =
+        unsafe { libc::recvmsg(socket.as_raw_fd(), &mut message, libc::MSG_CMSG_CLOEXEC | libc::MSG_DONTWAIT) };
     let length = check(length as libc::c_int)? as usize;
     let mut descriptors = Vec::new();
     // SAFETY: the kernel filled the control buffer; every descriptor in it is new and ours.
@@ -272,13 +281,11 @@ impl Channel for BorrowedFd<'_> {
                 // Descriptors have no place here; dropping them closes them.
                 Ok((length, _)) => return Ok(length),
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                    match wait_readable(*self, deadline) {
-                        Ok(true) => {}
-                        Ok(false) => return Err(ConnectError::TimedOut),
-                        Err(error) => return Err(ConnectError::System(error.raw_os_error().unwrap_or(libc::EIO))),
-                    }
-                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => match wait_readable(*self, deadline) {
+                    Ok(true) => {}
+                    Ok(false) => return Err(ConnectError::TimedOut),
+                    Err(error) => return Err(ConnectError::System(error.raw_os_error().unwrap_or(libc::EIO))),
+                },
                 Err(error) if error.kind() == io::ErrorKind::InvalidData => return Err(ConnectError::Malformed),
                 Err(error) => {
                     return Err(match error.raw_os_error() {

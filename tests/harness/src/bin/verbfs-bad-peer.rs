@@ -30,8 +30,8 @@ use verbfs_harness::rng::{Rng, seed_or_clock};
 use verbfs_protocol::header::{self, HEADER_LENGTH, Source};
 use verbfs_protocol::lock::{LockMessage, Successor};
 use verbfs_protocol::{
-    Attributes, Envelope, Extent, FileKind, GrantId, HandOver, HandOverPage, Ino, Layout, Message, Mode, Range, Reply, Request, Resource,
-    Time, encode,
+    Attributes, Envelope, Extent, FileKind, GrantId, HandOver, HandOverPage, Ino, Layout, Message, Mode, Range, Reply,
+    Request, Resource, Time, encode,
 };
 use verbfs_rdma::{Endpoint, EndpointConfig, Event, Lane, Limits, RemoteKey};
 
@@ -113,7 +113,16 @@ impl Peer {
         endpoint.listen().context("the slot's own daemon must not run")?;
         let mut inos = vec![1, 0, 2, u64::MAX, 1 << 48, (1 << 48) + 1, (2 << 48) + 1, (9 << 48) + 1];
         inos.extend(&arguments.inos);
-        Ok(Peer { endpoint, rng, slot: arguments.slot, life: arguments.life, inos, sent: BTreeMap::new(), disconnections: 0, answered: BTreeMap::new() })
+        Ok(Peer {
+            endpoint,
+            rng,
+            slot: arguments.slot,
+            life: arguments.life,
+            inos,
+            sent: BTreeMap::new(),
+            disconnections: 0,
+            answered: BTreeMap::new(),
+        })
     }
 
     fn source(&self) -> Source {
@@ -175,7 +184,21 @@ impl Peer {
     /// A number with a taste for edges.
     fn number(&mut self) -> u64 {
         match self.rng.below(8) {
-            0 => *self.rng.pick(&[0, 1, 255, 256, 4095, 4096, u64::MAX, u64::MAX - 1, 1 << 32, 1 << 63, u64::MAX / 4096, (1 << 52) - 1, 1 << 51]),
+            0 => *self.rng.pick(&[
+                0,
+                1,
+                255,
+                256,
+                4095,
+                4096,
+                u64::MAX,
+                u64::MAX - 1,
+                1 << 32,
+                1 << 63,
+                u64::MAX / 4096,
+                (1 << 52) - 1,
+                1 << 51,
+            ]),
             1 => self.rng.bits() >> self.rng.below(64),
             2 | 3 => *self.rng.pick(&self.inos),
             _ => self.rng.below(6),
@@ -224,7 +247,11 @@ impl Peer {
             match &message {
                 // What a peer may lawfully destroy is no test: no commits, no changes to what exists.
                 Message::Request { request: Request::Decide { commit: true, .. }, .. } => continue,
-                Message::Request { request: Request::Free { ino, .. } | Request::Commit { ino, .. }, .. } if self.inos[8..].contains(&ino.0) => continue,
+                Message::Request { request: Request::Free { ino, .. } | Request::Commit { ino, .. }, .. }
+                    if self.inos[8..].contains(&ino.0) =>
+                {
+                    continue;
+                }
                 _ => return message,
             }
         }
@@ -287,10 +314,19 @@ impl Peer {
     }
 
     fn attributes(&mut self, ino: Ino) -> Attributes {
-        let slots = self.rng.pick(&[vec![2, 0, 1], vec![2, 0, 1], vec![2], vec![], vec![0], vec![65535], vec![2, 77], vec![2; 300]]).clone();
+        let slots = self
+            .rng
+            .pick(&[vec![2, 0, 1], vec![2, 0, 1], vec![2], vec![], vec![0], vec![65535], vec![2, 77], vec![2; 300]])
+            .clone();
         Attributes {
             ino: if self.rng.percent(80) { ino } else { Ino(self.number()) },
-            kind: *self.rng.pick(&[FileKind::Regular, FileKind::Regular, FileKind::Directory, FileKind::Symlink, FileKind::Fifo]),
+            kind: *self.rng.pick(&[
+                FileKind::Regular,
+                FileKind::Regular,
+                FileKind::Directory,
+                FileKind::Symlink,
+                FileKind::Fifo,
+            ]),
             mode: self.number() as u32,
             uid: 0,
             gid: 0,
@@ -323,7 +359,12 @@ impl Peer {
             }
             Request::Layout { range, .. } | Request::Allocate { range, .. } => {
                 let extents = (0..self.rng.below(4))
-                    .map(|_| Extent { page: if self.rng.percent(70) { range.lo } else { self.number() }, arena_page: self.number(), pages: self.number(), committed: self.rng.percent(70) })
+                    .map(|_| Extent {
+                        page: if self.rng.percent(70) { range.lo } else { self.number() },
+                        arena_page: self.number(),
+                        pages: self.number(),
+                        committed: self.rng.percent(70),
+                    })
                     .collect();
                 Reply::Extents { key: self.rng.below(40) as u32, extents, allocated: self.number() }
             }
@@ -331,7 +372,11 @@ impl Peer {
             Request::Operation { .. } => {
                 let ino = Ino(self.number());
                 let attributes = Box::new(self.attributes(ino));
-                if self.rng.percent(60) { Reply::Created { attributes, created: self.rng.percent(50) } } else { Reply::Attributes(attributes) }
+                if self.rng.percent(60) {
+                    Reply::Created { attributes, created: self.rng.percent(50) }
+                } else {
+                    Reply::Attributes(attributes)
+                }
             }
             Request::ReadLink { .. } | Request::GetXattr { .. } => {
                 let length = self.rng.pick(&[0usize, 1, 5000, 100_000]);
@@ -354,7 +399,8 @@ impl Peer {
 
     fn envelope(&mut self, message: LockMessage, ino: Ino) -> Message {
         let attributes = self.rng.percent(80).then(|| Box::new(self.attributes(ino)));
-        let home_time = self.rng.percent(80).then(|| Time { seconds: self.number() as i64, nanoseconds: self.number() as u32 });
+        let home_time =
+            self.rng.percent(80).then(|| Time { seconds: self.number() as i64, nanoseconds: self.number() as u32 });
         let report = self.rng.percent(20).then(|| self.typed());
         Message::Lock(Envelope { message, attributes, home_time, report })
     }
@@ -366,22 +412,36 @@ impl Peer {
                 let id = if self.rng.percent(95) { id } else { self.number() };
                 self.send(from, &Message::Reply { id, reply });
             }
-            Message::Lock(Envelope { message: LockMessage::Lock { request, resource, mode, need, want, .. }, .. }) => {
+            Message::Lock(Envelope {
+                message: LockMessage::Lock { request, resource, mode, need, want, .. }, ..
+            }) => {
                 let grant = self.grant();
                 let range = if self.rng.percent(50) { need } else { self.range(want) };
                 let mode = if self.rng.percent(80) { mode } else { *self.rng.pick(&[Mode::S, Mode::E, Mode::X]) };
-                let successor = self.rng.percent(15).then_some(Successor { slot: *self.rng.pick(&[0, 1, 2, 99]), grant });
+                let successor =
+                    self.rng.percent(15).then_some(Successor { slot: *self.rng.pick(&[0, 1, 2, 99]), grant });
                 let observed = self.rng.percent(15);
-                let message = if observed { LockMessage::Observed { request } } else { LockMessage::Grant { request, grant, resource, range, mode, from: successor } };
+                let message = if observed {
+                    LockMessage::Observed { request }
+                } else {
+                    LockMessage::Grant { request, grant, resource, range, mode, from: successor }
+                };
                 let envelope = self.envelope(message, resource.ino);
                 self.send(from, &envelope);
                 if successor.is_some() && self.rng.percent(80) {
                     let pages = (range.lo..range.lo.saturating_add(self.rng.below(4)))
-                        .map(|page| HandOverPage { page, offset: if self.rng.percent(60) { 0 } else { self.number() }, dirty: self.rng.percent(50) })
+                        .map(|page| HandOverPage {
+                            page,
+                            offset: if self.rng.percent(60) { 0 } else { self.number() },
+                            dirty: self.rng.percent(50),
+                        })
                         .collect();
                     let old_grant = self.grant();
                     let key = self.rng.below(40) as u32;
-                    self.send(from, &Message::HandOver(HandOver { resource, new_grant: grant, old_grant, range, key, pages }));
+                    self.send(
+                        from,
+                        &Message::HandOver(HandOver { resource, new_grant: grant, old_grant, range, key, pages }),
+                    );
                 }
                 if self.rng.percent(30) {
                     let need = self.range(range);
@@ -391,8 +451,19 @@ impl Peer {
                         2 => LockMessage::HandBack { grant, resource, range: need },
                         3 => LockMessage::Recall { count: u32::MAX },
                         _ => {
-                            let successor = self.rng.percent(40).then_some(Successor { slot: *self.rng.pick(&[0, 1, 2, 99]), grant });
-                            LockMessage::Revoke { grant, resource, revoke_sequence: 1, need, want: Range::ALL, keep: self.rng.percent(40).then_some(Mode::S), successor }
+                            let successor = self
+                                .rng
+                                .percent(40)
+                                .then_some(Successor { slot: *self.rng.pick(&[0, 1, 2, 99]), grant });
+                            LockMessage::Revoke {
+                                grant,
+                                resource,
+                                revoke_sequence: 1,
+                                need,
+                                want: Range::ALL,
+                                keep: self.rng.percent(40).then_some(Mode::S),
+                                successor,
+                            }
                         }
                     };
                     let envelope = self.envelope(message, resource.ino);
@@ -404,10 +475,14 @@ impl Peer {
                 let range = self.range(range);
                 let keep = self.rng.percent(30).then_some(Mode::X);
                 let revoke_sequence = self.rng.below(3) as u32;
-                let envelope = self.envelope(LockMessage::Release { grant, resource, range, keep, revoke_sequence }, resource.ino);
+                let envelope =
+                    self.envelope(LockMessage::Release { grant, resource, range, keep, revoke_sequence }, resource.ino);
                 self.send(from, &envelope);
             }
-            Message::Lock(Envelope { message: LockMessage::Revoke { grant, resource, need, revoke_sequence, .. }, .. }) => {
+            Message::Lock(Envelope {
+                message: LockMessage::Revoke { grant, resource, need, revoke_sequence, .. },
+                ..
+            }) => {
                 let message = match self.rng.below(4) {
                     0 => LockMessage::Taken { grant, resource },
                     1 => LockMessage::Refused { grant, resource },
@@ -424,12 +499,31 @@ impl Peer {
     /// Asks for locks of the target as a client would, on what exists and on what does not.
     fn ask_for_locks(&mut self, target: u16, sequence: u64) {
         let ino = Ino(self.number());
-        let resource = *self.rng.pick(&[Resource::attr(ino), Resource::open(ino), Resource::name(ino), Resource::data(ino, target), Resource::data(ino, 1 - target.min(1))]);
-        let need = if self.rng.percent(70) { Range { lo: 0, hi: 1 } } else { Range { lo: self.number(), hi: self.number() } };
+        let resource = *self.rng.pick(&[
+            Resource::attr(ino),
+            Resource::open(ino),
+            Resource::name(ino),
+            Resource::data(ino, target),
+            Resource::data(ino, 1 - target.min(1)),
+        ]);
+        let need =
+            if self.rng.percent(70) { Range { lo: 0, hi: 1 } } else { Range { lo: self.number(), hi: self.number() } };
         let want = self.range(need);
-        let request = verbfs_protocol::RequestId { node: verbfs_protocol::Node { slot: self.slot, incarnation: self.life }, sequence };
+        let request = verbfs_protocol::RequestId {
+            node: verbfs_protocol::Node { slot: self.slot, incarnation: self.life },
+            sequence,
+        };
         let mode = *self.rng.pick(&[Mode::S, Mode::E, Mode::X]);
-        let message = LockMessage::Lock { request, resource, mode, need, want, flags: self.typed(), upgrade: None, after_releases: 0 };
+        let message = LockMessage::Lock {
+            request,
+            resource,
+            mode,
+            need,
+            want,
+            flags: self.typed(),
+            upgrade: None,
+            after_releases: 0,
+        };
         self.send(target, &Message::Lock(Envelope { message, attributes: None, home_time: None, report: None }));
     }
 
@@ -561,7 +655,9 @@ fn run(arguments: &Arguments) -> Result<bool> {
     let mut rng = Rng::new(seed);
     let mut key: [u8; 32] = std::fs::read(&arguments.key)?.try_into().ok().context("a key has 32 bytes")?;
     match arguments.attack {
-        Attack::Stranger => return stranger(&arguments.directory, &arguments.targets, arguments.messages, rng).map(|()| true),
+        Attack::Stranger => {
+            return stranger(&arguments.directory, &arguments.targets, arguments.messages, rng).map(|()| true);
+        }
         Attack::WrongKey => {
             key[rng.below(32) as usize] ^= 1;
             return refused(arguments, key, &arguments.cluster, rng).map(|()| true);

@@ -196,7 +196,8 @@ impl Writer {
             }
             1 => {
                 let data_only = rng.percent(20);
-                let synced = self.call(|| if data_only { open.handle.sync_data() } else { open.handle.sync_all() }).is_some();
+                let synced =
+                    self.call(|| if data_only { open.handle.sync_data() } else { open.handle.sync_all() }).is_some();
                 if synced {
                     self.note(&format!("synced {number}"));
                 }
@@ -264,7 +265,9 @@ fn read_journal(journal: &Path) -> Result<BTreeMap<u64, Known>> {
         let file = files.entry(numbers[0]).or_default();
         match (what, &numbers[1..]) {
             ("create", []) => {}
-            ("write", &[first, last, version]) => (first..last).for_each(|block| file.blocks.entry(block).or_default().1 = version),
+            ("write", &[first, last, version]) => {
+                (first..last).for_each(|block| file.blocks.entry(block).or_default().1 = version)
+            }
             ("wrote", &[first, last, version]) => file.written.extend((first..last).map(|block| (block, version))),
             ("synced", []) => {
                 for (block, version) in std::mem::take(&mut file.written) {
@@ -294,10 +297,19 @@ fn verify_file(directory: &Path, tag: &str, number: u64, known: &Known) -> Resul
     }
     ensure!(found.len() <= 1, "it has several names: {found:?}");
     let Some((generation, path)) = found.pop() else {
-        ensure!(known.durable.is_none() || known.removing, "its durable name (generation {:?}, begun {}) is gone", known.durable, known.begun);
+        ensure!(
+            known.durable.is_none() || known.removing,
+            "its durable name (generation {:?}, begun {}) is gone",
+            known.durable,
+            known.begun
+        );
         return Ok(0);
     };
-    ensure!(known.durable.is_none_or(|durable| generation >= durable), "generation {generation} of its name is back, {:?} was durable", known.durable);
+    ensure!(
+        known.durable.is_none_or(|durable| generation >= durable),
+        "generation {generation} of its name is back, {:?} was durable",
+        known.durable
+    );
     let handle = File::open(&path)?;
     let length = handle.metadata()?.len();
     let mut checked = 0;
@@ -311,7 +323,11 @@ fn verify_file(directory: &Path, tag: &str, number: u64, known: &Known) -> Resul
             None
         };
         let range = durable..=begun;
-        ensure!(range.contains(&version.unwrap_or(0)), "block {block} of {} ({length} bytes) has version {version:?}, durable is {durable}, begun {begun}", path.display());
+        ensure!(
+            range.contains(&version.unwrap_or(0)),
+            "block {block} of {} ({length} bytes) has version {version:?}, durable is {durable}, begun {begun}",
+            path.display()
+        );
         checked += u64::from(durable > 0);
     }
     Ok(checked)
@@ -354,7 +370,9 @@ fn take(file: &Path, limit: u64) -> Result<()> {
         });
         match attempt {
             Ok(()) => return Ok(println!("locked after {:.1} s", began.elapsed().as_secs_f64())),
-            Err(error) if began.elapsed() >= Duration::from_secs(limit) => return Err(error).context("not locked in time"),
+            Err(error) if began.elapsed() >= Duration::from_secs(limit) => {
+                return Err(error).context("not locked in time");
+            }
             Err(_) => std::thread::sleep(Duration::from_millis(100)),
         }
     }
@@ -362,7 +380,9 @@ fn take(file: &Path, limit: u64) -> Result<()> {
 
 fn main() -> ExitCode {
     let result = match Arguments::parse().command {
-        Command::Write { directory, tag, journal, stop, seed, limit } => write(directory, tag, &journal, &stop, seed, limit).map(|()| true),
+        Command::Write { directory, tag, journal, stop, seed, limit } => {
+            write(directory, tag, &journal, &stop, seed, limit).map(|()| true)
+        }
         Command::Verify { directory, journal } => verify(&directory, &journal),
         Command::Hold { file, ready } => hold(&file, &ready).map(|()| true),
         Command::Take { file, limit } => take(&file, limit).map(|()| true),
