@@ -11,12 +11,15 @@ if [ ${#benches[@]} -eq 0 ]; then
     exit 1
 fi
 
+# Not built by `make build`, which makes no examples.
+scripts/cargo.sh build --release -p verbfs-rdma --example pingpong >&2
+
 result=$(mktemp)
 trap 'rm -f "$result"' EXIT
 {
     echo "# Benchmarks"
     echo
-    echo "Written by \`make bench\` on $(date -u +%Y-%m-%d), commit $(git rev-parse --short HEAD 2>/dev/null || echo unknown)."
+    echo "Written by \`make bench\` on $(date -u '+%Y-%m-%d %H:%M UTC'), commit $(git rev-parse --short HEAD 2>/dev/null || echo unknown)."
     echo
     echo "| machine | |"
     echo "|---|---|"

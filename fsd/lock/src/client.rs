@@ -1080,29 +1080,36 @@ impl LockClient {
             if surplus == 0 {
                 break;
             }
-            let local = &self.locals[&resource];
-            // It volunteers nothing it may be asking for (lib.rs, rule 2).
-            if !(self.options.mutations.volunteer_asked || local.requests.is_empty() && local.waiting.is_empty())
-                || !local.frozen.is_empty()
-            {
-                continue;
-            }
-            let idle: Vec<Range> = local
-                .pieces
-                .iter()
-                .filter(|(range, piece)| {
-                    piece.state == State::Held && !local.active.iter().any(|pin| pin.request.range.overlaps(*range))
-                })
-                .map(|(range, _)| range)
-                .take(surplus)
-                .collect();
-            surplus -= idle.len();
-            self.counters.trimmed += idle.len() as u64;
-            for range in idle {
-                self.start_fence(resource, range, None, None, 0, effects);
-            }
-            self.progress(resource, effects);
+            let given = self.give_up(resource, surplus, effects);
+            surplus -= given;
+            self.counters.trimmed += given as u64;
         }
+    }
+
+    /// Gives up at most `most` unpinned ranges of one resource; returns how many. None while anything of it is asked for, waited
+    /// for or frozen.
+    pub fn give_up(&mut self, resource: Resource, most: usize, effects: &mut Effects) -> usize {
+        let Some(local) = self.locals.get(&resource) else { return 0 };
+        // It volunteers nothing it may be asking for (lib.rs, rule 2).
+        if !(self.options.mutations.volunteer_asked || local.requests.is_empty() && local.waiting.is_empty())
+            || !local.frozen.is_empty()
+        {
+            return 0;
+        }
+        let idle: Vec<Range> = local
+            .pieces
+            .iter()
+            .filter(|(range, piece)| {
+                piece.state == State::Held && !local.active.iter().any(|pin| pin.request.range.overlaps(*range))
+            })
+            .map(|(range, _)| range)
+            .take(most)
+            .collect();
+        for &range in &idle {
+            self.start_fence(resource, range, None, None, 0, effects);
+        }
+        self.progress(resource, effects);
+        idle.len()
     }
 
     /// The server's lock table is gone (it restarted): what it granted is void. What waits is asked again

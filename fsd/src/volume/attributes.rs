@@ -94,7 +94,7 @@ impl Volume {
             locks::Outcome::Pinned => self.pinned_attributes(ino),
             locks::Outcome::Observed => {
                 let answer = self.glimpse_answers.borrow_mut().remove(&pin.number());
-                answer.and_then(|(attributes, _)| attributes).map(|attributes| *attributes).ok_or(Errno::ESTALE)
+                answer.flatten().map(|attributes| *attributes).ok_or(Errno::ESTALE)
             }
         }
     }

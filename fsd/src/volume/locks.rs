@@ -283,14 +283,22 @@ impl Volume {
             }
         }
         let observed = matches!(envelope.message, LockMessage::Observed { .. });
+        let thawed = match &envelope.message {
+            LockMessage::Thaw { resource, .. } => Some(*resource),
+            _ => None,
+        };
         let mut effects = Vec::new();
         self.lock_client.borrow_mut().handle(from.slot, envelope.message, now, &mut Policy(self), &mut effects);
+        // Somebody asks for the size of what nobody writes here any more: let the next to ask have it to keep.
+        if let Some(resource) = thawed
+            && self.files.borrow().get(&resource.ino).is_none_or(|file| file.writers == 0)
+        {
+            self.lock_client.borrow_mut().give_up(resource, usize::MAX, &mut effects);
+        }
         if observed {
             for effect in &effects {
                 if let ClientEffect::Observed { token } = effect {
-                    self.glimpse_answers
-                        .borrow_mut()
-                        .insert(token.0, (envelope.attributes.clone(), envelope.home_time));
+                    self.glimpse_answers.borrow_mut().insert(token.0, envelope.attributes.clone());
                 }
             }
         }

@@ -218,7 +218,7 @@ pub struct Volume {
     pub(crate) inbox: RefCell<VecDeque<Message>>,
     pub(crate) waiting_pins: RefCell<HashMap<u64, locks::WaitingPin>>,
     pub(crate) hand_overs: RefCell<locks::HandOvers>,
-    pub(crate) glimpse_answers: RefCell<HashMap<u64, (Option<Box<Attributes>>, Option<Time>)>>,
+    pub(crate) glimpse_answers: RefCell<HashMap<u64, Option<Box<Attributes>>>>,
     pub(crate) one_shots: RefCell<HashMap<RequestId, Ino>>,
     pub(crate) next_number: Cell<u64>,
 
