@@ -180,6 +180,12 @@ impl Daemon {
             })
             .map_err(|error| anyhow::anyhow!("node {slot}: cannot make the root directory: {error}"))?
         };
+        let mutations_allowed = std::env::var_os("VERBFS_ALLOW_MUTATIONS").is_some_and(|value| value == "1");
+        if let (true, Ok(name)) = (mutations_allowed, std::env::var("VERBFS_MUTATION"))
+            && !node.enter(|volume| volume.mutations.borrow_mut().set(&name, true))
+        {
+            bail!("VERBFS_MUTATION={name}: no mutation is called so");
+        }
         let core = node.start()?;
         node.enter(|volume| volume.reap_orphans());
         let hostname = rustix::system::uname().nodename().to_string_lossy().into_owned();
@@ -192,7 +198,7 @@ impl Daemon {
             metrics: metrics.clone(),
             mounts: Mutex::default(),
             stopping: Default::default(),
-            mutations_allowed: std::env::var_os("VERBFS_ALLOW_MUTATIONS").is_some_and(|value| value == "1"),
+            mutations_allowed,
             config,
         });
         let (stop_sender, stop_requested) = std::sync::mpsc::channel();

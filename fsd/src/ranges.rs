@@ -23,6 +23,9 @@ impl RangeSet {
     }
 
     pub fn remove(&mut self, range: Range) {
+        if range.is_empty() {
+            return;
+        }
         let touching: Vec<Range> = self
             .0
             .range(..range.hi)
