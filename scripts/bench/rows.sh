@@ -25,7 +25,7 @@ trap finish EXIT
 
 start_single() {
     cp "$DIR/verbfs.toml" "$DIR/three.toml"
-    (CLUSTER=${CLUSTER}one NODES=1 && write_config)
+    CLUSTER=${CLUSTER}one NODES=1 write_config
     mv "$DIR/verbfs.toml" "$DIR/one.toml"
     mv "$DIR/three.toml" "$DIR/verbfs.toml"
     mkdir -p "$DIR/mnt/one"
@@ -82,11 +82,11 @@ measure_memory() {
 }
 
 {
-    [ "$ONLY" = memory ] || measure_rows
-    [ -n "$ONLY" ] && [ "$ONLY" != memory ] || measure_memory
+    if [ "$ONLY" != memory ]; then measure_rows; fi
+    if [ -z "$ONLY" ] || [ "$ONLY" = memory ]; then measure_memory; fi
 } >&2
 echo "Three daemons of one cluster (fabric \`shm\`), one daemon of a volume with a single member, and a do-nothing FUSE file system,"
-echo "all on this host with its two or more processors and with stores on memory. Each side is sampled ${BENCH_ROUNDS:-7} times, in turns;"
-echo "figures are medians, the ratio is the median of the rounds' ratios. Load of the host when this was written: $(cut -d' ' -f1-3 /proc/loadavg)."
+echo "all on this host's $(nproc) processors, with stores on memory (for the row on memory: on disk). Each side is sampled ${BENCH_ROUNDS:-7} times"
+echo "of a host that may have other work, hence in turns: figures are medians, the ratio is the median of the rounds' ratios. Load of the host when this was written: $(cut -d' ' -f1-3 /proc/loadavg)."
 echo
 "$BIN/verbfs-bench" report "$DIR/rows"
