@@ -91,10 +91,12 @@ known_unchanged() {
 }
 refusals_logged() { grep -h 'refused a peer' "$DIR"/node[01].log | sed 's/.*reason=//' | sort | uniq -c | sort -rn | sed -n 1,20p | grep .; }
 
-# Each time a daemon dies, the next attack finds new ones.
+# Each time a daemon dies or stands still, the next attack finds new ones.
 revive() {
     local slot
     for slot in 0 1; do
+        timeout 10 "$VERBFS" status --config "$DIR/verbfs.toml" --slot "$slot" > /dev/null 2>&1 || kill -KILL "${DAEMON[$slot]}" 2> /dev/null || true
+        sleep 0.1
         if ! kill -0 "${DAEMON[$slot]}" 2> /dev/null; then
             echo "node $slot has ended:"
             grep -A 3 'panicked at' "$DIR/node$slot.log" | tail -4 || true
@@ -136,11 +138,11 @@ for round in 1 2 3; do
             answer) arguments=(--seconds 8); victims ;;
             *) arguments=() ;;
         esac
-        check "attack_${name}_$round" 90 attack $name "${arguments[@]}"
+        check "attack_${name}_$round" 60 attack $name "${arguments[@]}"
         for pid in "${VICTIMS[@]}"; do kill -KILL "$pid" 2> /dev/null || true; done
         for pid in "${VICTIMS[@]}"; do wait "$pid" 2> /dev/null || true; done
         VICTIMS=()
-        check "serves_on_after_${name}_$round" 90 serves_on
+        check "serves_on_after_${name}_$round" 40 serves_on
         revive
     done
 done

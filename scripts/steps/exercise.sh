@@ -8,6 +8,7 @@ cd "$(dirname "$0")/../.."
 . scripts/steps/lib/checks.sh
 
 start_cluster
+open_way
 ONE=(--mount "$DIR/mnt/0")
 OTHER=(--mount "$DIR/mnt/2") # of the root directory's files it is not the home
 mkdir "$DIR/reference"

@@ -229,14 +229,18 @@ impl Model for NameModel {
             next[slot] = value;
             vec![Step::Done(next)]
         };
-        if let NameOp::Make { slot, result: libc::ESTALE, .. }
-        | NameOp::OpenCreate { slot, result: libc::ESTALE, .. }
-        | NameOp::Unlink { slot, result: libc::ESTALE }
-        | NameOp::Rmdir { slot, result: libc::ESTALE }
-        | NameOp::Link { to: slot, result: libc::ESTALE, .. } = op
-        {
-            // As in `rename`: the look-up of a moved directory.
-            return if matches!(state[*slot], Some(Thing::Directory(_))) { same() } else { vec![] };
+        // As in `rename`: the look-up of a moved directory.
+        let looked_up: &[Slot] = match op {
+            NameOp::Make { slot, result: libc::ESTALE, .. }
+            | NameOp::OpenCreate { slot, result: libc::ESTALE, .. }
+            | NameOp::Unlink { slot, result: libc::ESTALE }
+            | NameOp::Rmdir { slot, result: libc::ESTALE } => &[*slot],
+            NameOp::Link { from, to, result: libc::ESTALE } => &[*from, *to],
+            _ => &[],
+        };
+        if !looked_up.is_empty() {
+            let moved = looked_up.iter().any(|slot| matches!(state[*slot], Some(Thing::Directory(_))));
+            return if moved { same() } else { vec![] };
         }
         match op {
             NameOp::See { slot, seen, .. } => {
