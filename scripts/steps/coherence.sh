@@ -15,9 +15,9 @@ stale_read_is_rejected() {
 }
 
 start_cluster
-for seed in ${SEEDS:-1 2 3}; do
+for seed in ${SEEDS:-1 2 3 4}; do
     for family in data names mmap locks; do
-        check "${family}_$seed" 90 "$BIN/verbfs-coherence" "${MOUNTS[@]}" --seed "$seed" --operations 3000 --families $family
+        check "${family}_$seed" 90 "$BIN/verbfs-coherence" "${MOUNTS[@]}" --seed "$seed" --operations 6000 --families $family
     done
 done
 check stale_read_is_rejected 60 stale_read_is_rejected 7
@@ -27,7 +27,7 @@ if stop_cluster; then pass cluster_stops_well; else fail cluster_stops_well 'see
 LOCKS='hand_over = false'
 start_cluster
 for family in data mmap; do
-    check "${family}_without_hand_over" 90 "$BIN/verbfs-coherence" "${MOUNTS[@]}" --seed 11 --operations 3000 --families $family
+    check "${family}_without_hand_over" 90 "$BIN/verbfs-coherence" "${MOUNTS[@]}" --seed 11 --operations 6000 --families $family
 done
 if stop_cluster; then pass cluster_stops_again; else fail cluster_stops_again 'see above'; fi
 finish
