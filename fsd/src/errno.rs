@@ -22,6 +22,14 @@ errnos! {
     EDEADLK ENAMETOOLONG ENOTEMPTY ELOOP ENODATA EOPNOTSUPP ENXIO ESTALE ECANCELED ETIMEDOUT ENOTCONN EPROTO ENOLCK EDQUOT ENOSYS
 }
 
+impl Errno {
+    /// An error number out of a message. What no kernel takes as one (FUSE would leave the caller waiting for ever) is EIO.
+    pub fn from_peer(errno: i32) -> Errno {
+        const LARGEST: i32 = 511;
+        if (1..=LARGEST).contains(&errno) { Errno(errno) } else { Errno::EIO }
+    }
+}
+
 impl std::fmt::Display for Errno {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "{}", std::io::Error::from_raw_os_error(self.0))

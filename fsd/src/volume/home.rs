@@ -897,7 +897,7 @@ impl Volume {
         let volume = self.clone();
         self.spawn(async move {
             if let Err(error) = volume.reap(ino).await {
-                tracing::warn!(%ino, ?error, "an orphan could not be removed; it is tried again when this node starts");
+                tracing::debug!(%ino, ?error, "an orphan could not be removed; it is tried again when a peer or this node is back");
             }
         });
     }

@@ -102,7 +102,7 @@ impl Volume {
             }
             Some(Err(errno)) => {
                 pin.done.set(true);
-                Err(Errno(errno))
+                Err(Errno::from_peer(errno))
             }
             // The server's peer time-out: dropping the pin cancels the request.
             None => Err(Errno::EIO),
@@ -223,13 +223,31 @@ impl Volume {
         self.send(to, Message::Lock(envelope));
     }
 
+    /// A peer's word about what it wants to lock: a resource of this server, a range of its space, a mode of its class.
+    fn is_lockable(&self, resource: Resource, mode: Mode, need: Range, want: Range, one_shot: bool) -> bool {
+        let home = match resource.class {
+            Class::Rename => resource == Resource::rename(),
+            Class::Data => true,
+            Class::Name | Class::Open | Class::Attr => resource.ino.home() == resource.server,
+        };
+        let space = match resource.class {
+            Class::Name | Class::Data => Range::ALL,
+            Class::Rename | Class::Open | Class::Attr => Range::UNIT,
+        };
+        home && resource.server == self.slot()
+            && !need.is_empty()
+            && want.contains(need)
+            && space.contains(want)
+            && (mode != Mode::E || resource.class == Class::Attr)
+            && (!one_shot || (resource.class == Class::Attr && mode == Mode::S))
+    }
+
     /// A lock message from a node (also this one).
     pub(crate) fn receive_lock(self: &Rc<Self>, from: Node, envelope: Envelope) {
         let now = self.ticks();
         if is_for_server(&envelope.message) {
-            if let LockMessage::Lock { request, resource, mode, flags, .. } = &envelope.message {
-                // A peer's word: the resource must be ours, and what it names must exist.
-                if resource.server != self.slot() || (*mode == Mode::E && resource.class != Class::Attr) {
+            if let LockMessage::Lock { request, resource, mode, flags, need, want, .. } = &envelope.message {
+                if !self.is_lockable(*resource, *mode, *need, *want, flags.one_shot) || request.node != from {
                     self.send_lock(from.slot, LockMessage::Deny { request: *request, errno: libc::EINVAL });
                     return;
                 }

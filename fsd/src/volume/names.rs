@@ -217,8 +217,8 @@ impl Volume {
 
     pub async fn read_link(self: &Rc<Self>, ino: Ino) -> Result<Vec<u8>> {
         match self.call(ino.home(), Request::ReadLink { ino }).await? {
-            Reply::Bytes(target) => Ok(target),
-            _ => Err(Errno::EPROTO),
+            Reply::Bytes(target) if target.len() <= SYMLINK_MAX => Ok(target),
+            _ => Err(Errno::EIO),
         }
     }
 
@@ -289,7 +289,14 @@ impl Volume {
     pub async fn list(self: &Rc<Self>, directory: Ino, cursor: u64, limit: u32) -> Result<(Vec<Listed>, bool)> {
         let _pin = self.pin(Resource::name(directory), Range::ALL, Range::ALL, PinKind::Shared).await?;
         match self.call(directory.home(), Request::List { directory, cursor, limit }).await? {
-            Reply::Entries { entries, end } => Ok((entries, end)),
+            Reply::Entries { entries, end } => {
+                // What FUSE refuses to pass on would never reach the caller.
+                if entries.iter().any(|entry| check_name(&entry.name).is_err() || entry.cursor <= cursor) {
+                    self.refuse(directory.home(), "a listing with names that cannot be");
+                    return Err(Errno::EIO);
+                }
+                Ok((entries, end))
+            }
             _ => Err(Errno::EPROTO),
         }
     }

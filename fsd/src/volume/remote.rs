@@ -32,7 +32,7 @@ impl Volume {
         self.send(slot, Message::Request { id, request });
         match receiver.await {
             Some(Ok(reply)) => Ok(reply),
-            Some(Err(errno)) => Err(Errno(errno)),
+            Some(Err(errno)) => Err(Errno::from_peer(errno)),
             None => Err(Errno::EIO),
         }
     }

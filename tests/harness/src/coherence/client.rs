@@ -449,8 +449,9 @@ fn names(mut r: Recorder) -> Result<()> {
                         _ => Seen::File(s.st_ino),
                     },
                     Err(Errno::NOENT) => Seen::Absent,
-                    // A directory moved by another mount, during a rename on this one: see `model::names`.
-                    Err(Errno::STALE) => Seen::Directory,
+                    // A directory moved by another mount, during a rename on this one (see `model::names`); or what was looked
+                    // up was gone from all nodes before its attributes were asked for, twice in a row.
+                    Err(Errno::STALE) => Seen::Present,
                     Err(e) => return unexpected("stat", e),
                 };
                 Op::Name(NameOp::See { slot, seen, how: "stat".to_owned() })
