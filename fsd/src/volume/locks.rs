@@ -150,6 +150,7 @@ impl Volume {
         self.client_effects.borrow_mut().extend(effects);
         let pin = Pin { volume: self.clone(), token, done: Cell::new(false) };
         if pinned {
+            self.metrics.lock_hits[metric_class(resource.class)].increment();
             self.waiting_pins.borrow_mut().remove(&token.0);
             return (pin, None);
         }

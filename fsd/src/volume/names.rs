@@ -141,7 +141,8 @@ impl Volume {
             .await?
         {
             Reply::Created { attributes, created } => {
-                if self.is_usable(&attributes.layout) {
+                // Who opens it wants the layout next; closing forgets it again.
+                if opening && self.is_usable(&attributes.layout) {
                     self.files.borrow_mut().entry(attributes.ino).or_default().layout =
                         Some(Rc::new(attributes.layout.clone()));
                 }
