@@ -64,7 +64,7 @@ check() {
         pass "$name ($((SECONDS - started)) s)"
     else
         fail "$name" "exit status $status; what it said:"
-        tail -25 "$log" | sed 's/^/    /'
+        uniq "$log" | tail -25 | sed 's/^/    /'
     fi
     return 0
 }
