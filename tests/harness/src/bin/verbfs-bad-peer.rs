@@ -636,13 +636,13 @@ fn stranger(directory: &Path, targets: &[u16], messages: u64, mut rng: Rng) -> R
     for &target in targets {
         for entry in std::fs::read_dir(directory)? {
             let path = entry?.path();
-            if path.file_name().is_some_and(|name| name.to_string_lossy().contains(&target.to_string())) {
-                if let Ok(mut stream) = UnixStream::connect(&path) {
-                    use std::io::Write;
-                    let bytes: Vec<u8> = (0..3000).map(|_| rng.bits() as u8).collect();
-                    let _ = stream.write_all(&bytes);
-                    let _ = stream.write_all(b"\n{\"Mount\":{\"directory\":7}}\n");
-                }
+            if path.file_name().is_some_and(|name| name.to_string_lossy().contains(&target.to_string()))
+                && let Ok(mut stream) = UnixStream::connect(&path)
+            {
+                use std::io::Write;
+                let bytes: Vec<u8> = (0..3000).map(|_| rng.bits() as u8).collect();
+                let _ = stream.write_all(&bytes);
+                let _ = stream.write_all(b"\n{\"Mount\":{\"directory\":7}}\n");
             }
         }
     }

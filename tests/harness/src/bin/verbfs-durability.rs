@@ -369,7 +369,12 @@ fn take(file: &Path, limit: u64) -> Result<()> {
             sys::fcntl_lock(&handle, libc::F_SETLK, &mut lock)
         });
         match attempt {
-            Ok(()) => return Ok(println!("locked after {:.1} s", began.elapsed().as_secs_f64())),
+            Ok(()) => {
+                return {
+                    println!("locked after {:.1} s", began.elapsed().as_secs_f64());
+                    Ok(())
+                };
+            }
             Err(error) if began.elapsed() >= Duration::from_secs(limit) => {
                 return Err(error).context("not locked in time");
             }
