@@ -979,7 +979,8 @@ mod tests {
         if !rustix::process::geteuid().is_root() {
             return;
         }
-        let directory = tempfile::tempdir().unwrap();
+        // Where others can get to: TMPDIR may lie in a directory of this user's alone.
+        let directory = tempfile::tempdir_in("/tmp").unwrap();
         std::fs::set_permissions(directory.path(), std::fs::Permissions::from_mode(0o755)).unwrap();
         let socket = directory.path().join("0.control");
         let _server = ControlServer::start(&socket, answer).unwrap();

@@ -890,8 +890,10 @@ impl LockClient {
             let local = self.locals.get_mut(&resource).expect("it has pieces");
             match piece.state {
                 State::Incoming => {
-                    let revokes = &mut local.incoming.get_mut(&grant).expect("it is incoming").revokes;
-                    revokes.push(Revoke { grant, need: part, want, keep, successor: None, revoke_sequence });
+                    // Unknown only where a home lies: it granted anew over what it had announced.
+                    let Some(incoming) = local.incoming.get_mut(&grant) else { continue };
+                    let revoke = Revoke { grant, need: part, want, keep, successor: None, revoke_sequence };
+                    incoming.revokes.push(revoke);
                 }
                 State::Fenced(id) => {
                     let fence = local.fences.get_mut(&id).expect("fences stand on pieces");
