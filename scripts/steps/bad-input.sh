@@ -131,17 +131,18 @@ check wrong_cluster_is_refused 60 attack wrong-cluster
 check serves_on_after_refusals 60 serves_on
 
 VICTIMS=()
+read -ra ATTACKS <<< "${ATTACKS:-bytes typed scribble}"
 for round in 1 2 3; do
     # Not in the list: `answer`, a home that answers honest requests with grants that cannot be. It can still end a client that
     # trusts its home's word (docs/status.md, Known gaps); ATTACKS='answer' runs it.
-    for name in ${ATTACKS:-bytes typed scribble}; do
+    for name in "${ATTACKS[@]}"; do
         LIFE=$((LIFE + 1)) SEED=$((SEED + 1))
         case $name in
             bytes | typed) arguments=(--messages 1500) ;;
             answer) arguments=(--seconds 8); victims ;;
             *) arguments=() ;;
         esac
-        check "attack_${name}_$round" 60 attack $name "${arguments[@]}"
+        check "attack_${name}_$round" 60 attack "$name" "${arguments[@]}"
         for pid in "${VICTIMS[@]}"; do kill -KILL "$pid" 2> /dev/null || true; done
         for pid in "${VICTIMS[@]}"; do wait "$pid" 2> /dev/null || true; done
         VICTIMS=()
