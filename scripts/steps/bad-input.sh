@@ -91,23 +91,22 @@ known_unchanged() {
 }
 refusals_logged() { grep -h 'refused a peer' "$DIR"/node[01].log | sed 's/.*reason=//' | sort | uniq -c | sort -rn | sed -n 1,20p | grep .; }
 
-# Where a daemon has died or stands still, the next attack finds a new one.
+# Each time a daemon dies or stands still, the next attack finds new ones.
 revive() {
-    local slot ended=()
+    local slot
     for slot in 0 1; do
-        timeout 10 "$VERBFS" status --config "$DIR/verbfs.toml" --slot "$slot" > /dev/null 2>&1 && continue
-        echo "node $slot has ended or does not answer:"
-        grep -A 3 'panicked at' "$DIR/node$slot.log" | tail -4 || true
-        kill -KILL "${DAEMON[$slot]}" 2> /dev/null || true
-        wait "${DAEMON[$slot]}" 2> /dev/null || true
-        umount -l "$DIR/mnt/$slot" 2> /dev/null || true
-        cat "$DIR/node$slot.log" >> "$DIR/dead.log"
-        : > "$DIR/node$slot.log"
-        ended+=("$slot")
-    done
-    for slot in "${ended[@]}"; do start_node "$slot"; done
-    for slot in "${ended[@]}"; do
-        wait_for_node "$slot" || { fail "node_${slot}_comes_back" "it does not serve"; finish; exit 1; }
+        timeout 10 "$VERBFS" status --config "$DIR/verbfs.toml" --slot "$slot" > /dev/null 2>&1 || kill -KILL "${DAEMON[$slot]}" 2> /dev/null || true
+        sleep 0.1
+        if ! kill -0 "${DAEMON[$slot]}" 2> /dev/null; then
+            echo "node $slot has ended:"
+            grep -A 3 'panicked at' "$DIR/node$slot.log" | tail -4 || true
+            cat "$DIR/node$slot.log" >> "$DIR/dead.log"
+            : > "$DIR/node$slot.log"
+            wait "${DAEMON[$slot]}" 2> /dev/null || true
+            umount -l "$DIR/mnt/$slot" 2> /dev/null || true
+            start_node "$slot"
+            wait_for_node "$slot"
+        fi
     done
 }
 
@@ -134,7 +133,7 @@ VICTIMS=()
 read -ra ATTACKS <<< "${ATTACKS:-bytes typed scribble}"
 for round in 1 2 3; do
     # Not in the list: `answer`, a home that answers honest requests with grants that cannot be. It can still end a client that
-    # trusts its home's word (docs/status.md, Known gaps); ATTACKS='answer' runs it.
+    # trusts its home's word (docs/status.md, Known gaps). ATTACKS='answer' runs it.
     for name in "${ATTACKS[@]}"; do
         LIFE=$((LIFE + 1)) SEED=$((SEED + 1))
         case $name in

@@ -191,7 +191,7 @@ for victim in ${VICTIMS:-1 2 0}; do
         rm -f "$DIR/ready$home"
         "$HELPER" hold "$DIR/mnt/$victim/d$home/locked" --ready "$DIR/ready$home" > /dev/null 2>&1 &
         HOLDERS+=($!)
-        flock "$DIR/mnt/$victim/d$home/flocked" sleep 300 &
+        flock --no-fork "$DIR/mnt/$victim/d$home/flocked" sleep 300 &
         HOLDERS+=($!)
         check "lock_held_$victim$home" 10 within 5 test -e "$DIR/ready$home"
         check "lock_excludes_$victim$home" 10 refuses "$HELPER" take "$DIR/mnt/$a/d$home/locked" --limit 0
