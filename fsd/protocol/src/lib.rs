@@ -2,7 +2,7 @@
 //! operations and the fixed-layout header in front of them.
 //!
 //! The header is a fixed byte layout ([`header`]); bodies are encoded by
-//! `postcard` from the types here, whose bytes are pinned by tests. Everything
+//! `postcard` from the types here (their bytes are not pinned by a test yet). Everything
 //! that comes out of [`decode`] has been bounds-checked by the decoder; what the
 //! values *mean* (an inode that does not exist, a range outside a file) is
 //! checked by the receiver before use.
