@@ -9,7 +9,7 @@ complain() {
     bad=1
 }
 
-mapfile -t scripts < <(find scripts .ci -type f \( -name '*.sh' -o -path '.ci/run' \) | sort)
+mapfile -t scripts < <(find scripts tests .ci -type f \( -name '*.sh' -o -path '.ci/run' \) | sort)
 for script in "${scripts[@]}"; do
     bash -n "$script" || complain "$script does not parse"
     [ -x "$script" ] || complain "$script is not executable: chmod +x $script"

@@ -16,6 +16,10 @@ build  libc6-dev    headers of the C library
 build  make         runs the targets of the Makefile
 build  pkg-config   finds hwloc
 build  libhwloc-dev cores and caches of this machine
+build  libibverbs-dev  headers of the RDMA verbs
+build  librdmacm-dev   headers of the RDMA connection manager
+build  libclang-dev    reads those headers when bindings are made from them
+build  cmake        configures C libraries that crates bring along
 run    fuse3        fusermount3, and the fuse entry of /etc/fuse.conf
 run    procps       ps, for people who look at daemons
 demo   tar          unpacking a source tree onto a mount
@@ -31,6 +35,19 @@ test   tar          unpacking a source tree onto a mount
 test   gcc          compiling a source tree on a mount
 test   make         building a source tree on a mount
 test   strace       counting system calls
+test   qemu-system-x86 virtual machines; emulated, so that no /dev/kvm is needed
+test   python3         runs virtme-ng, which boots them
+test   python3-venv    an environment for virtme-ng of its own
+test   busybox-static  their initial ramdisk
+test   kmod            lists and loads their modules
+test   udev            finds their devices
+test   file            reads the version of their kernel
+test   iproute2        network interfaces and software RDMA devices inside
+test   rdmacm-utils    rping
+test   perftest        ib_write_bw and its like
+test   ibverbs-utils   ibv_devices
+test   ibverbs-providers  the software RDMA device, for programs
+test   ca-certificates fetching virtme-ng
 END
 }
 
