@@ -41,8 +41,12 @@ pub struct Source {
     pub view: u32,
 }
 
-/// Puts the header in front of `body`.
-pub fn frame(source: Source, message_type: u16, body: &[u8]) -> Vec<u8> {
+/// Writes the header over the first [`HEADER_LENGTH`] bytes of a record whose body stands behind them.
+///
+/// # Panics
+/// If the record is shorter than a header.
+pub(crate) fn put(record: &mut [u8], source: Source, message_type: u16) {
+    let (bytes, body) = record.split_first_chunk_mut::<HEADER_LENGTH>().expect("room for the header");
     let header = Header {
         version: PROTOCOL_VERSION.into(),
         message_type: message_type.into(),
@@ -53,17 +57,25 @@ pub fn frame(source: Source, message_type: u16, body: &[u8]) -> Vec<u8> {
         daemon_incarnation: source.daemon_incarnation.into(),
         length: (body.len() as u32).into(),
     };
-    let mut bytes = Vec::with_capacity(HEADER_LENGTH + body.len());
-    bytes.extend_from_slice(header.as_bytes());
-    bytes.extend_from_slice(body);
-    bytes
+    bytes.copy_from_slice(header.as_bytes());
 }
 
-/// Splits a received record; version and length are checked, the body is not looked at.
+/// Puts the header in front of `body`, whatever that is.
+pub fn frame(source: Source, message_type: u16, body: &[u8]) -> Vec<u8> {
+    let mut record = vec![0; HEADER_LENGTH];
+    record.extend_from_slice(body);
+    put(&mut record, source, message_type);
+    record
+}
+
+/// Splits a received record; version, reserved field and length are checked, the body is not looked at.
 pub fn unframe(record: &[u8]) -> Result<(Source, u16, &[u8]), DecodeError> {
     let (header, body) = Header::ref_from_prefix(record).map_err(|_| DecodeError::Short(record.len()))?;
     if header.version.get() != PROTOCOL_VERSION {
         return Err(DecodeError::Version(header.version.get()));
+    }
+    if header.zero.get() != 0 {
+        return Err(DecodeError::Reserved(header.zero.get()));
     }
     if header.length.get() as usize != body.len() {
         return Err(DecodeError::Length { header: header.length.get() as usize, record: body.len() });

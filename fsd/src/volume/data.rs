@@ -347,13 +347,26 @@ impl Volume {
     }
 
     async fn request_extents(self: &Rc<Self>, slot: Slot, request: Request) -> Result<(Vec<Extent>, u64)> {
-        match self.call(slot, request).await? {
-            Reply::Extents { key, extents, allocated } => {
-                self.arena_keys.borrow_mut().insert(slot, key);
-                Ok((extents, allocated))
+        let (mut all, mut new) = (Vec::new(), 0);
+        let mut requests = vec![request];
+        while let Some(request) = requests.pop() {
+            match (self.call(slot, request.clone()).await, request) {
+                (Ok(Reply::Extents { key, extents, allocated }), _) => {
+                    self.arena_keys.borrow_mut().insert(slot, key);
+                    all.extend(extents);
+                    new += allocated;
+                }
+                // More extents than one reply holds: in two halves, the lower first.
+                (Err(Errno::E2BIG), Request::Layout { ino, range }) if range.len() > 1 => {
+                    let middle = range.lo + range.len() / 2;
+                    requests.push(Request::Layout { ino, range: Range::new(middle, range.hi) });
+                    requests.push(Request::Layout { ino, range: Range::new(range.lo, middle) });
+                }
+                (Ok(_), _) => return Err(Errno::EPROTO),
+                (Err(error), _) => return Err(error),
             }
-            _ => Err(Errno::EPROTO),
         }
+        Ok((all, new))
     }
 
     /// Reads at most [`PIECE_MAX`] bytes; short at the end of file. `page_cache`: the kernel fills a page of its

@@ -748,7 +748,10 @@ impl Volume {
             Err(error) => return Err(error.errno()),
             Ok(()) => unreachable!("a try never commits"),
         }
-        self.store.borrow_mut().write(|txn| txn.put_prepared(transaction, &encode(&updates))).map_err(store_error)?;
+        self.store
+            .borrow_mut()
+            .write(|txn| txn.put_prepared(transaction, &prepared_record(&updates)))
+            .map_err(store_error)?;
         self.prepared.borrow_mut().insert(transaction, updates);
         Ok(Reply::Done)
     }

@@ -149,6 +149,7 @@ impl Volume {
             listed.extend(locks.table.holders(ino, space).map(|lock| (lock, space, false)));
             listed.extend(locks.table.waiters(ino, space).map(|(_, lock)| (lock, space, true)));
         }
+        listed.truncate(FILE_LOCKS_MAX);
         listed
     }
 

@@ -67,7 +67,11 @@ impl Volume {
             daemon_incarnation: self.options.daemon_incarnation,
             view: 1,
         };
-        let record = header::frame(source, message.message_type(), &encode(&message));
+        let record = message.record(source);
+        debug_assert_eq!(
+            Message::from_record(&record).map_err(|error| error.to_string()),
+            Ok((source, message.clone()))
+        );
         self.metrics.messages_sent[metric_lane(lane)].increment();
         let sent = match self.transport.borrow_mut().as_mut() {
             Some(transport) => transport.send(to, lane, &record),
@@ -75,8 +79,11 @@ impl Volume {
         };
         if let Err(error) = sent {
             tracing::debug!(to, %error, "a message was not sent; its session is gone");
-            if let Message::Request { id, .. } = message {
-                self.calls.borrow_mut().remove(&id);
+            match message {
+                Message::Request { id, .. } => drop(self.calls.borrow_mut().remove(&id)),
+                // Whoever waits for it shall not wait for ever: the lane may still take this.
+                Message::Reply { id, reply: Ok(_) } => self.send(to, Message::Reply { id, reply: Err(libc::EIO) }),
+                _ => {}
             }
         }
     }
@@ -105,25 +112,18 @@ impl Volume {
 
     fn transport_event(self: &Rc<Self>, event: TransportEvent) {
         match event {
-            TransportEvent::Message { slot, record } => {
-                let decoded = header::unframe(&record)
-                    .and_then(|(source, message_type, body)| Ok((source, message_type, decode::<Message>(body)?)));
-                match decoded {
-                    Ok((source, message_type, message)) => {
-                        let node = self.peers.borrow().get(&slot).and_then(|peer| peer.node);
-                        if source.slot != slot
-                            || Some(source.node_incarnation) != node.map(|node| node.incarnation)
-                            || message_type != message.message_type()
-                        {
-                            self.refuse(slot, "a message under another node's name");
-                            return;
-                        }
-                        self.metrics.messages_received[metric_lane(message.lane())].increment();
-                        self.receive(Node { slot, incarnation: source.node_incarnation }, message);
+            TransportEvent::Message { slot, record } => match Message::from_record(&record) {
+                Ok((source, message)) => {
+                    let node = self.peers.borrow().get(&slot).and_then(|peer| peer.node);
+                    if source.slot != slot || Some(source.node_incarnation) != node.map(|node| node.incarnation) {
+                        self.refuse(slot, "a message under another node's name");
+                        return;
                     }
-                    Err(error) => self.refuse(slot, &error.to_string()),
+                    self.metrics.messages_received[metric_lane(message.lane())].increment();
+                    self.receive(Node { slot, incarnation: source.node_incarnation }, message);
                 }
-            }
+                Err(error) => self.refuse(slot, &error.to_string()),
+            },
             TransportEvent::Completed { work, ok } => {
                 let sender = self.transfers.borrow_mut().remove(&work);
                 if let Some(sender) = sender {

@@ -3,8 +3,9 @@
 use super::*;
 use verbfs_arena::Claim;
 
-/// Entries in one reply to LIST at most: about 40 KiB of names of usual length, at most 280 KiB.
-const LIST_MAX: u32 = 1024;
+/// Pages that one ALLOCATE may name at most.
+const ALLOCATE_MAX: u64 = crate::volume::data::PIECE_MAX / PAGE_SIZE * 64;
+const _: () = assert!(ALLOCATE_MAX as usize <= EXTENTS_MAX);
 
 pub(crate) fn store_error(error: verbfs_namespace::Error) -> Errno {
     if !error.is_harmless() {
@@ -31,10 +32,9 @@ impl Volume {
                 Ok(Reply::Entry(entry.map(|entry| (entry.ino, entry.kind))))
             }
             Request::List { directory, cursor, limit } => {
-                let limit = limit.clamp(1, LIST_MAX);
-                let listed =
-                    self.store.borrow().read(|txn| txn.scan(directory, cursor, limit as usize)).map_err(store_error)?;
-                let end = listed.len() < limit as usize;
+                let limit = (limit as usize).clamp(1, LIST_MAX);
+                let listed = self.store.borrow().read(|txn| txn.scan(directory, cursor, limit)).map_err(store_error)?;
+                let end = listed.len() < limit;
                 Ok(Reply::Entries {
                     entries: listed
                         .into_iter()
@@ -75,7 +75,11 @@ impl Volume {
                 if self.stored_attributes(ino)?.is_none() {
                     return Err(Errno::ESTALE);
                 }
-                Ok(Reply::Names(self.store.borrow().read(|txn| txn.xattrs(ino)).map_err(store_error)?))
+                let names = self.store.borrow().read(|txn| txn.xattrs(ino)).map_err(store_error)?;
+                if names.iter().map(|name| name.len() + 1).sum::<usize>() > XATTR_LIST_MAX {
+                    return Err(Errno::E2BIG);
+                }
+                Ok(Reply::Names(names))
             }
             Request::Layout { ino, range } => {
                 let extents = self
@@ -83,6 +87,9 @@ impl Volume {
                     .borrow()
                     .read(|txn| self.extents.borrow().lookup(txn, ino, range))
                     .map_err(arena_error)?;
+                if extents.len() > EXTENTS_MAX {
+                    return Err(Errno::E2BIG);
+                }
                 Ok(Reply::Extents { key: self.arena_key, extents, allocated: 0 })
             }
             Request::Allocate { ino, range, zero } => self.allocate(from, ino, range, zero),
@@ -119,7 +126,11 @@ impl Volume {
             }
             Request::CancelFileLock { token, .. } => self.serve_cancel_file_lock(from, token),
             Request::ReleaseFileLocks { ino, space, owner } => self.serve_release_file_locks(from, ino, space, owner),
-            Request::WaitsFor { owner } => Ok(Reply::Owners(self.file_locks.borrow().table.waits_for(owner))),
+            Request::WaitsFor { owner } => {
+                let mut owners = self.file_locks.borrow().table.waits_for(owner);
+                owners.truncate(OWNERS_MAX);
+                Ok(Reply::Owners(owners))
+            }
             Request::Statfs => self.space().map(Reply::Space),
             Request::Describe { resource } => Ok(self.describe(resource)),
             Request::DescribeFileLocks { ino } => Ok(Reply::FileLocks(self.list_file_locks(ino))),
@@ -157,10 +168,7 @@ impl Volume {
         if !held.contains(range) {
             return Err(Errno::EINVAL);
         }
-        if range.is_empty()
-            || range.len() > crate::volume::data::PIECE_MAX / PAGE_SIZE * 64
-            || range.hi > u64::MAX / PAGE_SIZE
-        {
+        if range.is_empty() || range.len() > ALLOCATE_MAX || range.hi > u64::MAX / PAGE_SIZE {
             return Err(Errno::EINVAL);
         }
         let before =
@@ -267,7 +275,7 @@ impl Volume {
 
     pub(crate) fn describe(&self, resource: Resource) -> Reply {
         let server = self.lock_server.borrow();
-        let holders = server.holders(resource).into_iter().map(|view| {
+        let holders = server.holders(resource).into_iter().take(HOLDERS_MAX).map(|view| {
             let state = match (view.revoking, view.handing, view.incoming) {
                 (_, true, _) => "handing over",
                 (true, _, _) => "revoking",
@@ -276,7 +284,7 @@ impl Volume {
             };
             Holder { slot: view.slot, range: view.range, mode: view.mode, state: state.to_string() }
         });
-        let waiters = server.waiters(resource).into_iter().map(|view| Holder {
+        let waiters = server.waiters(resource).into_iter().take(HOLDERS_MAX).map(|view| Holder {
             slot: view.request.node.slot,
             range: view.need,
             mode: view.mode,

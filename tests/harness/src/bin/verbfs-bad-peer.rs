@@ -13,8 +13,8 @@
 //! | stranger | random bytes, true and false handshakes on the socket: needs no key |
 //! | wrong-key, wrong-cluster | a handshake that must be refused |
 //!
-//! Messages that decode are found by decoding: random bytes, most of them small, are taken for a message of the protocol, and what
-//! comes out is encoded again. So a new type of message takes part without a line here.
+//! Values come from the protocol's own list of types (its `sample` functions), half of the time with fields that must not
+//! decode. So a new type of message takes part without a line here.
 //!
 //! At the end of an attack each target must still answer a proper question. Exit status: 0 it does (or refused, where it should),
 //! 1 it does not, 3 the tool could not do its work.
@@ -29,16 +29,15 @@ use std::time::{Duration, Instant};
 use verbfs_harness::rng::{Rng, seed_or_clock};
 use verbfs_protocol::header::{self, HEADER_LENGTH, Source};
 use verbfs_protocol::lock::{LockMessage, Successor};
+use verbfs_protocol::wire::{Source as Choices, Wire};
 use verbfs_protocol::{
     Attributes, Envelope, Extent, FileKind, GrantId, HandOver, HandOverPage, Ino, Layout, Message, Mode, Range, Reply,
-    Request, Resource, Time, encode,
+    Request, Resource, Time, group,
 };
 use verbfs_rdma::{Endpoint, EndpointConfig, Event, Lane, Limits, RemoteKey};
 
 /// How long a target may take to answer at the end, connecting included.
 const PATIENCE: Duration = Duration::from_secs(20);
-/// Bytes from which a message is decoded.
-const MATERIAL: usize = 2048;
 /// Number of the question at the end of an attack.
 const LAST_QUESTION: u64 = u64::MAX - 7;
 
@@ -97,6 +96,29 @@ struct Peer {
     sent: BTreeMap<u16, u64>,
     disconnections: u64,
     answered: BTreeMap<u16, bool>,
+    /// Whether samples must be values that decode.
+    lawful: bool,
+}
+
+/// Numbers with a taste for edges and for inodes that exist, and short lists.
+impl Choices for Peer {
+    fn number(&mut self, bits: u32) -> u64 {
+        Peer::number(self) & (u64::MAX >> (64 - bits))
+    }
+    fn below(&mut self, bound: u64) -> u64 {
+        self.rng.below(bound)
+    }
+    fn length(&mut self, maximum: usize) -> usize {
+        match self.rng.below(40) {
+            0 if self.lawful => maximum.min(5000),
+            0 => maximum.min(70_000) + 1,
+            1..8 => self.rng.below(200).min(maximum as u64) as usize,
+            _ => self.rng.below(4).min(maximum as u64) as usize,
+        }
+    }
+    fn is_lawful(&self) -> bool {
+        self.lawful
+    }
 }
 
 impl Peer {
@@ -122,6 +144,7 @@ impl Peer {
             sent: BTreeMap::new(),
             disconnections: 0,
             answered: BTreeMap::new(),
+            lawful: true,
         })
     }
 
@@ -138,8 +161,7 @@ impl Peer {
             match event {
                 Event::Disconnected { .. } => self.disconnections += 1,
                 Event::Message { slot, payload, .. } => {
-                    let Ok((_, _, body)) = header::unframe(&payload) else { continue };
-                    let Ok(message) = verbfs_protocol::decode::<Message>(body) else { continue };
+                    let Ok((_, message)) = Message::from_record(&payload) else { continue };
                     if let Message::Reply { id: LAST_QUESTION, .. } = message {
                         self.answered.insert(slot, true);
                     } else if answer {
@@ -177,7 +199,7 @@ impl Peer {
     }
 
     fn send(&mut self, target: u16, message: &Message) {
-        let record = header::frame(self.source(), message.message_type(), &encode(message));
+        let record = message.record(self.source());
         self.send_record(target, lane_of(message), &record);
     }
 
@@ -205,45 +227,34 @@ impl Peer {
         }
     }
 
-    /// Random bytes that often are the encoding of something.
-    fn material(&mut self) -> Vec<u8> {
-        let mut bytes = Vec::with_capacity(MATERIAL + 10);
-        while bytes.len() < MATERIAL {
-            if self.rng.percent(80) {
-                let bound = *self.rng.pick(&[2, 3, 5, 30]);
-                bytes.push(self.rng.below(bound) as u8);
-            } else {
-                let mut number = self.number();
-                while number >= 0x80 {
-                    bytes.push(number as u8 | 0x80);
-                    number >>= 7;
-                }
-                bytes.push(number as u8);
-            }
-        }
-        bytes
-    }
-
-    fn typed<T: serde::de::DeserializeOwned>(&mut self) -> T {
-        loop {
-            if let Ok((value, _)) = postcard::take_from_bytes(&self.material()) {
-                return value;
-            }
-        }
+    fn typed<T: Wire>(&mut self) -> T {
+        self.lawful = self.rng.percent(50);
+        T::sample(self)
     }
 
     fn typed_message(&mut self) -> Message {
         loop {
-            let mut material = self.material();
-            // All types equally often, although they are unequally easy to hit.
-            material[0] = *self.rng.pick(&[0, 0, 0, 1, 1, 1, 2, 3, 4]);
-            if material[0] == 0 {
-                material[1] = self.rng.below(16) as u8;
-            } else if material[0] == 1 {
-                material[2] = self.rng.below(24) as u8;
-                material[1] = self.rng.below(100) as u8;
+            // All groups often, although requests and replies have most of the types.
+            let wanted = *self.rng.pick(&[
+                group::LOCK,
+                group::LOCK,
+                group::LOCK,
+                group::REQUEST,
+                group::REQUEST,
+                group::REQUEST,
+                group::REPLY,
+                group::HAND_OVER,
+                group::BEAT,
+            ]);
+            let types: Vec<u16> =
+                Message::types().into_iter().filter(|number| number.to_be_bytes()[0] == wanted).collect();
+            let message_type = *self.rng.pick(&types);
+            self.lawful = self.rng.percent(80);
+            let mut message = Message::sample(message_type, self).expect("the list of types is complete");
+            // Numbers of requests that may be outstanding.
+            if let Message::Request { id, .. } | Message::Reply { id, .. } = &mut message {
+                *id = self.rng.below(100);
             }
-            let Ok((message, _)) = postcard::take_from_bytes::<Message>(&material) else { continue };
             match &message {
                 // What a peer may lawfully destroy is no test: no commits, no changes to what exists.
                 Message::Request { request: Request::Decide { commit: true, .. }, .. } => continue,
@@ -259,7 +270,7 @@ impl Peer {
 
     fn spoilt(&mut self) -> (Lane, Vec<u8>) {
         let message = self.typed_message();
-        let mut record = header::frame(self.source(), message.message_type(), &encode(&message));
+        let mut record = message.record(self.source());
         let lane = if self.rng.percent(80) { lane_of(&message) } else { *self.rng.pick(&Lane::ALL) };
         match self.rng.below(9) {
             0 => record.truncate(self.rng.below(record.len() as u64 + 1) as usize),
@@ -296,7 +307,7 @@ impl Peer {
                 // A list said to be longer than memory.
                 let at = HEADER_LENGTH + self.rng.below((record.len() - HEADER_LENGTH) as u64 + 1) as usize;
                 record.truncate(at);
-                record.extend([0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0x01]);
+                record.extend([0xff; 4]);
                 let length = ((record.len() - HEADER_LENGTH) as u32).to_le_bytes();
                 record[20..24].copy_from_slice(&length);
             }
@@ -346,7 +357,7 @@ impl Peer {
 
     fn reply(&mut self, request: &Request) -> Result<Reply, i32> {
         if self.rng.percent(15) {
-            return self.typed();
+            return if self.rng.percent(50) { Ok(self.typed()) } else { Err(self.number() as i32) };
         }
         let mut reply = match request {
             Request::Lookup { .. } => {
