@@ -25,7 +25,7 @@
 
 use crate::ranges::RangeMap;
 use crate::server::{EAGAIN, ECANCELED, weaker};
-use crate::{Mutations, Tick, Uncompared};
+use crate::{Mutations, Tick, Uncompared, Violation, require};
 use std::collections::{BTreeMap, BTreeSet};
 use verbfs_protocol::lock::{LockFlags, Successor};
 use verbfs_protocol::{Class, GrantId, LockMessage, Mode, Node, Range, RequestId, Resource, Slot};
@@ -672,6 +672,10 @@ impl LockClient {
         send(effects, resource.server, LockMessage::Release { grant, resource, range, keep, revoke_sequence });
     }
 
+    /// Acts on a message of a server.
+    ///
+    /// # Errors
+    /// A message that cannot come from a server that keeps the protocol; it has changed nothing.
     pub fn handle(
         &mut self,
         from: Slot,
@@ -679,7 +683,8 @@ impl LockClient {
         now: Tick,
         policy: &mut dyn RevokePolicy,
         effects: &mut Effects,
-    ) {
+    ) -> Result<(), Violation> {
+        self.check(from, &message)?;
         match message {
             LockMessage::Grant { request, grant, resource, range, mode, from: old } => {
                 self.granted(request, grant, resource, range, mode, old, now, effects)
@@ -701,6 +706,9 @@ impl LockClient {
                 self.counters.glimpses += 1;
                 match self.locals.get_mut(&resource) {
                     Some(local) if local.pieces.iter().any(|(_, piece)| piece.grant == grant) => {
+                        // One round at a time: an earlier one is over, whether or not its thaw was worth sending.
+                        local.frozen.retain(|&(frozen, _)| frozen != grant);
+                        local.unanswered.retain(|&(frozen, _)| frozen != grant);
                         local.frozen.push((grant, round));
                         local.unanswered.push((grant, round));
                         self.progress(resource, effects);
@@ -716,7 +724,7 @@ impl LockClient {
                 }
             }
             LockMessage::Done { grant, resource, range } => {
-                let Some(local) = self.locals.get_mut(&resource) else { return };
+                let Some(local) = self.locals.get_mut(&resource) else { return Ok(()) };
                 for transit in
                     local.transits.extract_if(.., |transit| transit.grant == grant && transit.range.overlaps(range))
                 {
@@ -728,6 +736,107 @@ impl LockClient {
             LockMessage::Recall { count } => self.trim(self.ranges.saturating_sub(count as usize), effects),
             _ => {}
         }
+        Ok(())
+    }
+
+    /// Whether a server that keeps the protocol could have sent this. All that [`LockClient::handle`] relies on is established here.
+    fn check(&self, from: Slot, message: &LockMessage) -> Result<(), Violation> {
+        use LockMessage::*;
+        match *message {
+            Grant { resource, grant, .. }
+            | Revoke { resource, grant, .. }
+            | Glimpse { resource, grant, .. }
+            | Thaw { resource, grant, .. }
+            | Done { resource, grant, .. }
+            | HandBack { resource, grant, .. } => {
+                require(resource.server == from, "a word about what another node grants")?;
+                require(grant.server == from, "a grant of another node")?;
+            }
+            Deny { request, .. } | Observed { request } => {
+                require(request.node == self.node, "an answer to another node's request")?;
+                let asked = self.asked.get(&request.sequence);
+                require(
+                    asked.is_none_or(|resource| resource.server == from),
+                    "an answer to what another node was asked",
+                )?;
+            }
+            Recall { .. } | Probe { .. } => {}
+            Lock { .. } | Cancel { .. } | Release { .. } | Taken { .. } | Refused { .. } | Glimpsed { .. } => {
+                return Err(Violation("a client's message to a client"));
+            }
+        }
+        match *message {
+            Grant { request, grant, resource, range, mode, from: old } => {
+                require(!range.is_empty(), "a grant of nothing")?;
+                require(mode != Mode::E || resource.class == Class::Attr, "a mode that is for attributes only")?;
+                self.check_grant(request, grant, resource, range, mode, old)
+            }
+            Observed { request } => {
+                let one_shot = self.request(request).is_none_or(|asked| asked.flags.one_shot);
+                require(one_shot, "attributes observed that were to be locked")
+            }
+            Revoke { resource, need, want, keep, successor, .. } => {
+                require(!need.is_empty() && want.contains(need), "a revoke of nothing")?;
+                require(keep != Some(Mode::E) || resource.class == Class::Attr, "a mode that is for attributes only")?;
+                require(
+                    successor.is_none_or(|successor| {
+                        resource.class == Class::Data
+                            && keep.is_none()
+                            && successor.slot != self.node.slot
+                            && successor.grant.server == from
+                    }),
+                    "a successor that cannot be",
+                )
+            }
+            Glimpse { resource, .. } => require(resource.class == Class::Attr, "a glimpse of what is not attributes"),
+            Done { resource, range, .. } | HandBack { resource, range, .. } => {
+                require(!range.is_empty() && resource.class == Class::Data, "the end of no hand-over")
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn check_grant(
+        &self,
+        request: RequestId,
+        grant: GrantId,
+        resource: Resource,
+        range: Range,
+        mode: Mode,
+        old: Option<Successor>,
+    ) -> Result<(), Violation> {
+        require(request.node == self.node, "a grant for another node's request")?;
+        if let Some(announced) = self.incoming.get(&grant) {
+            let incoming = self.locals.get(announced).and_then(|local| local.incoming.get(&grant));
+            let same = *announced == resource && incoming.is_some_and(|incoming| incoming.range == range);
+            return require(same && mode == Mode::X && old.is_none(), "a grant other than it was announced");
+        }
+        let Some(asked) = self.request(request) else { return Ok(()) };
+        require(self.asked.get(&request.sequence) == Some(&resource), "a grant of what was not asked for")?;
+        require(
+            range.contains(asked.need) && asked.want.hull(asked.need).contains(range),
+            "a grant of another range than was asked for",
+        )?;
+        require(mode.covers(asked.mode), "a grant in a weaker mode than was asked for")?;
+        if let Some(old) = old {
+            require(
+                resource.class == Class::Data && mode == Mode::X && old.slot != self.node.slot,
+                "a hand-over that cannot be",
+            )?;
+        }
+        if self.options.mutations != Mutations::default() {
+            return Ok(());
+        }
+        let local = self.locals.get(&resource).expect("it has a request");
+        // Rule 2 (lib.rs), and pages come from elsewhere only where nothing is held.
+        require(local.in_motion().all(|moving| !moving.overlaps(range)), "a grant over what is on its way")?;
+        require(old.is_none() || local.pieces.overlapping(range).next().is_none(), "a hand-over of what is held")
+    }
+
+    /// A request that is out.
+    fn request(&self, request: RequestId) -> Option<&Request> {
+        let resource = self.asked.get(&request.sequence)?;
+        self.locals.get(resource)?.requests.iter().find(|asked| asked.sequence == request.sequence)
     }
 
     /// A request is answered by no grant.
@@ -890,8 +999,7 @@ impl LockClient {
             let local = self.locals.get_mut(&resource).expect("it has pieces");
             match piece.state {
                 State::Incoming => {
-                    // Unknown only where a home lies: it granted anew over what it had announced.
-                    let Some(incoming) = local.incoming.get_mut(&grant) else { continue };
+                    let incoming = local.incoming.get_mut(&grant).expect("its piece is incoming");
                     let revoke = Revoke { grant, need: part, want, keep, successor: None, revoke_sequence };
                     incoming.revokes.push(revoke);
                 }

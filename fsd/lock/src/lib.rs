@@ -39,6 +39,11 @@
 //! 3. **A node's LOCK never overtakes its own RELEASE.** Lanes may be reordered, so a LOCK says how many
 //!    releases preceded it and the server lets it wait for them. What a RELEASE carries (sizes, times)
 //!    is therefore known when the request after it is answered.
+//!
+//! # Peers that lie
+//!
+//! Both machines judge a message before they act on it: who may say it of that resource, and whether it fits what they know.
+//! A [`Violation`] changes nothing. What a liar says within these bounds can spoil only the resources it serves itself.
 
 pub mod client;
 mod ranges;
@@ -54,6 +59,23 @@ use verbfs_protocol::LockMessage;
 
 /// Time as the machines see it: an ever rising count of whatever the volume ticks in.
 pub type Tick = u64;
+
+/// A message that no peer sends that keeps the protocol. It has changed nothing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Violation(pub &'static str);
+
+impl std::fmt::Display for Violation {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(self.0)
+    }
+}
+
+impl std::error::Error for Violation {}
+
+/// `Err(Violation(reason))` unless `lawful`.
+pub(crate) fn require(lawful: bool, reason: &'static str) -> Result<(), Violation> {
+    if lawful { Ok(()) } else { Err(Violation(reason)) }
+}
 
 /// Whether `message` is for a [`LockServer`]; all others are for a [`LockClient`].
 pub fn is_for_server(message: &LockMessage) -> bool {

@@ -23,7 +23,7 @@
 //! grants are never used again, so a RELEASE of a grant that is gone or superseded changes nothing.
 
 use crate::ranges::RangeMap;
-use crate::{Mutations, Tick, Uncompared};
+use crate::{Mutations, Tick, Uncompared, Violation, require};
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use verbfs_protocol::lock::{LockFlags, Successor};
 use verbfs_protocol::{Class, GrantId, Ino, LockMessage, Mode, Node, Range, RequestId, Resource, Slot};
@@ -32,6 +32,9 @@ pub(crate) const EAGAIN: i32 = 11;
 const EINVAL: i32 = 22;
 pub(crate) const ECANCELED: i32 = 125;
 
+/// Requests of one node that wait for a RELEASE sent before them. Only the reordering of two lanes makes them wait: there are
+/// never more than a node has operations.
+const EARLY_MAX: usize = 1 << 16;
 /// Growth looks at no more than so many compatible neighbours per node and side: bounds the cost of a grant.
 const GROWTH_NEIGHBOURS: usize = 64;
 
@@ -345,7 +348,18 @@ impl LockServer {
         }
     }
 
-    pub fn handle(&mut self, from: Node, message: LockMessage, now: Tick, effects: &mut Effects) {
+    /// Acts on a message of a client.
+    ///
+    /// # Errors
+    /// A message that cannot come from a client that keeps the protocol; it has changed nothing.
+    pub fn handle(
+        &mut self,
+        from: Node,
+        message: LockMessage,
+        now: Tick,
+        effects: &mut Effects,
+    ) -> Result<(), Violation> {
+        self.check(from, &message)?;
         let peer = self.peers.entry(from.slot).or_insert_with(|| Peer {
             incarnation: from.incarnation,
             gone: false,
@@ -353,7 +367,7 @@ impl LockServer {
             early: VecDeque::new(),
         });
         if from.incarnation < peer.incarnation || (from.incarnation == peer.incarnation && peer.gone) {
-            return;
+            return Ok(());
         }
         if from.incarnation > peer.incarnation {
             if !peer.gone {
@@ -381,7 +395,40 @@ impl LockServer {
             LockMessage::Glimpsed { grant, resource, round } => {
                 self.glimpsed(from.slot, grant, resource, round, effects)
             }
-            _ => {}
+            _ => unreachable!("checked above"),
+        }
+        Ok(())
+    }
+
+    /// Whether a client that keeps the protocol could have sent this. What is wrong with a LOCK itself is denied instead.
+    fn check(&self, from: Node, message: &LockMessage) -> Result<(), Violation> {
+        use LockMessage::*;
+        match *message {
+            Lock { .. } | Cancel { .. } => {
+                if let Cancel { request, .. } = *message {
+                    require(request.node == from, "another node's request is cancelled")?;
+                }
+                let early = self.peers.get(&from.slot).map_or(0, |peer| peer.early.len());
+                require(early < EARLY_MAX, "requests without end that wait for a release")
+            }
+            Release { resource, range, keep, .. } => {
+                require(resource.server == self.slot, "a release of what this node does not grant")?;
+                require(!range.is_empty(), "a release of nothing")?;
+                require(keep != Some(Mode::E) || resource.class == Class::Attr, "a mode that is for attributes only")
+            }
+            Taken { resource, .. } | Refused { resource, .. } | Glimpsed { resource, .. } => {
+                require(resource.server == self.slot, "a word about what this node does not grant")
+            }
+            Grant { .. }
+            | Deny { .. }
+            | Observed { .. }
+            | Revoke { .. }
+            | Glimpse { .. }
+            | Thaw { .. }
+            | Done { .. }
+            | HandBack { .. }
+            | Recall { .. }
+            | Probe { .. } => Err(Violation("a server's message to a server")),
         }
     }
 
@@ -403,6 +450,7 @@ impl LockServer {
                     let wrong = resource.server != self.slot
                         || request.node != from
                         || need.is_empty()
+                        || !want.contains(need)
                         || (mode == Mode::E && resource.class != Class::Attr)
                         || (flags.one_shot && (mode != Mode::S || resource.class != Class::Attr));
                     if wrong {

@@ -30,7 +30,7 @@ fn lock(
         upgrade: None,
         after_releases: 0,
     };
-    server.handle(node, message, 0, &mut effects);
+    server.handle(node, message, 0, &mut effects).unwrap();
     effects
 }
 
@@ -52,7 +52,9 @@ fn many_ranges_on_one_resource() {
         let ServerEffect::Send { to, message: LockMessage::Grant { grant, .. } } = effects[1] else {
             panic!("{effects:?}")
         };
-        server.handle(Node { slot: to, incarnation: 1 }, LockMessage::Taken { grant, resource }, 0, &mut Vec::new());
+        server
+            .handle(Node { slot: to, incarnation: 1 }, LockMessage::Taken { grant, resource }, 0, &mut Vec::new())
+            .unwrap();
     }
     assert_eq!(server.holders(resource).len() as u64, RANGES);
     eprintln!("{RANGES} ranges granted and handed over in {:.1?}", begun.elapsed());
@@ -74,9 +76,9 @@ fn many_resources() {
         let (mut asked, mut granted, mut effects) = (Vec::new(), Vec::new(), Vec::new());
         assert!(!client.pin(request, 0, &mut asked));
         let Some(ClientEffect::Send { message, .. }) = asked.pop() else { panic!("no LOCK") };
-        server.handle(Node { slot: 0, incarnation: 1 }, message, 0, &mut granted);
+        server.handle(Node { slot: 0, incarnation: 1 }, message, 0, &mut granted).unwrap();
         let Some(ServerEffect::Send { message, .. }) = granted.pop() else { panic!("no GRANT") };
-        client.handle(0, message, 0, &mut GiveUpNeed, &mut effects);
+        client.handle(0, message, 0, &mut GiveUpNeed, &mut effects).unwrap();
         client.unpin(PinToken(at + 1), 0, &mut effects);
     }
     assert_eq!(client.len() as u64, RESOURCES);
@@ -100,7 +102,7 @@ fn many_resources() {
     }
     for effect in rest {
         let ClientEffect::Send { message, .. } = effect else { panic!("{effect:?}") };
-        server.handle(Node { slot: 0, incarnation: 1 }, message, 0, &mut Vec::new());
+        server.handle(Node { slot: 0, incarnation: 1 }, message, 0, &mut Vec::new()).unwrap();
     }
     assert!(client.is_empty());
     assert_eq!((client.grants().count(), server.resources().count()), (0, 0), "nothing is kept of what nobody holds");

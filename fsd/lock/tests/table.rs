@@ -44,7 +44,7 @@ impl Server {
     }
     fn say(&mut self, from: Slot, message: LockMessage) -> Sent {
         let mut effects = Vec::new();
-        self.server.handle(node(from), message, 0, &mut effects);
+        self.server.handle(node(from), message, 0, &mut effects).unwrap();
         effects.into_iter().map(|ServerEffect::Send { to, message }| (to, message)).collect()
     }
     fn ask(&mut self, from: Slot, resource: Resource, mode: Mode, need: Range, want: Range, flags: LockFlags) -> Sent {
@@ -505,7 +505,7 @@ fn a_dead_node_is_not_heard_and_its_next_life_is() {
         upgrade: None,
         after_releases: 0,
     };
-    server.server.handle(reborn, message, 0, &mut effects);
+    server.server.handle(reborn, message, 0, &mut effects).unwrap();
     assert_eq!(effects.len(), 1);
 }
 
@@ -555,7 +555,7 @@ impl Client {
     }
     fn hear(&mut self, message: LockMessage) -> Vec<ClientEffect> {
         let mut effects = Vec::new();
-        self.client.handle(0, message, self.now, &mut GiveUpNeed, &mut effects);
+        self.client.handle(0, message, self.now, &mut GiveUpNeed, &mut effects).unwrap();
         effects
     }
     /// Answers the LOCK among `effects` with a grant of what it needs, or of `granted`.
@@ -638,7 +638,8 @@ const PEER: Successor = Successor { slot: B, grant: GrantId { server: 0, server_
 #[test]
 fn a_pin_without_lock_asks_and_a_cached_lock_serves_the_next() {
     let mut client = Client::new();
-    let (first, now, effects) = client.pin(PinKind::Shared, 2, 3);
+    let request = PinRequest { want: range(0, 10), ..client.request(PinKind::Shared, 2, 3) };
+    let (first, now, effects) = client.pin_as(request);
     assert!(!now && asks(&effects) == 1);
     assert_eq!(client.client.held(data(), range(2, 3)), None);
     let effects = client.grant(&effects, Some(range(0, 10)), None);
@@ -998,7 +999,7 @@ fn the_policy_gives_more_but_nothing_asked_for() {
     client.hold(PinKind::Shared, 0, 100);
     client.pin(PinKind::Write, 50, 60);
     let mut effects = Vec::new();
-    client.client.handle(0, revoke(1, 10, 11, None, None), 0, &mut All, &mut effects);
+    client.client.handle(0, revoke(1, 10, 11, None, None), 0, &mut All, &mut effects).unwrap();
     assert!(matches!(effects[0], ClientEffect::Vacate { range: Range { lo: 0, hi: 50 }, .. }));
 }
 
@@ -1051,4 +1052,65 @@ fn a_lost_server_voids_its_grants_and_is_asked_again() {
     assert_eq!(asks(&effects), 2);
     client.unpin(running);
     assert_eq!(pinned(&client.grant(&effects, None, None)), [waiting]);
+}
+
+/// A piece of an empty or inverted range once lay in the table until the next lawful grant met it, and that one never ended.
+#[test]
+fn a_grant_that_cannot_be_is_refused_and_changes_nothing() {
+    let mut client = Client::new();
+    client.hold(PinKind::Write, 20, 30);
+    let request = PinRequest { want: range(0, 10), ..client.request(PinKind::Write, 2, 4) };
+    let (token, _, effects) = client.pin_as(request);
+    let request = effects
+        .iter()
+        .find_map(|effect| match effect {
+            ClientEffect::Send { message: M::Lock { request, .. }, .. } => Some(*request),
+            _ => None,
+        })
+        .expect("a LOCK");
+    let lawful = |range, mode, from| M::Grant { request, grant: gid(9), resource: data(), range, mode, from };
+    let other = RequestId { node: node(B), ..request };
+    let mine = Successor { slot: A, ..PEER };
+    for (from, message) in [
+        (B, lawful(range(2, 4), X, None)),
+        (0, lawful(range(3, 3), X, None)),
+        (0, lawful(range(4, 2), X, None)),
+        (0, lawful(range(3, 4), X, None)),
+        (0, lawful(range(2, 11), X, None)),
+        (0, lawful(Range::ALL, X, None)),
+        (0, lawful(range(2, 4), S, None)),
+        (0, lawful(range(2, 4), E, None)),
+        (0, lawful(range(2, 4), S, Some(PEER))),
+        (0, lawful(range(2, 4), X, Some(mine))),
+        (0, M::Grant { request, grant: gid(9), resource: attr(), range: Range::UNIT, mode: X, from: None }),
+        (0, M::Grant { request: other, grant: gid(9), resource: data(), range: range(2, 4), mode: X, from: None }),
+        (
+            0,
+            M::Grant {
+                request,
+                grant: GrantId { server: B, ..gid(9) },
+                resource: data(),
+                range: range(2, 4),
+                mode: X,
+                from: None,
+            },
+        ),
+        (B, M::Deny { request, errno: 22 }),
+        (0, M::Observed { request }),
+        (0, revoke(1, 25, 25, None, None)),
+        (0, revoke(1, 20, 30, Some(E), None)),
+        (0, revoke(1, 20, 30, Some(S), Some(PEER))),
+        (0, revoke(1, 20, 30, None, Some(mine))),
+        (B, revoke(1, 20, 30, None, None)),
+        (0, M::Glimpse { grant: gid(1), resource: data(), round: 1 }),
+        (0, M::HandBack { grant: gid(1), resource: data(), range: range(5, 5) }),
+    ] {
+        let before = client.client.clone();
+        let mut effects = Vec::new();
+        let outcome = client.client.handle(from, message.clone(), 0, &mut GiveUpNeed, &mut effects);
+        assert!(outcome.is_err(), "taken from {from}: {message:?}");
+        assert!(effects.is_empty() && client.client == before, "{message:?} has changed something");
+    }
+    let effects = client.hear(lawful(range(0, 10), X, None));
+    assert_eq!(pinned(&effects), [token]);
 }

@@ -44,7 +44,7 @@ impl AttributeState {
             attributes.ctime = attributes.ctime.max(touched);
         }
         attributes.pages = attributes.pages.saturating_add_signed(self.report.pages_delta);
-        attributes.truncate_generation += self.report.truncations;
+        attributes.truncate_generation = attributes.truncate_generation.saturating_add(self.report.truncations);
         Some(attributes)
     }
 }
@@ -58,7 +58,7 @@ pub(crate) fn wall_clock() -> Time {
 fn later(time: Time, by: Duration) -> Time {
     let nanoseconds = time.nanoseconds as u64 + by.subsec_nanos() as u64;
     Time {
-        seconds: time.seconds + by.as_secs() as i64 + (nanoseconds / 1_000_000_000) as i64,
+        seconds: time.seconds.saturating_add((by.as_secs() + nanoseconds / 1_000_000_000) as i64),
         nanoseconds: (nanoseconds % 1_000_000_000) as u32,
     }
 }
@@ -94,7 +94,12 @@ impl Volume {
             locks::Outcome::Pinned => self.pinned_attributes(ino),
             locks::Outcome::Observed => {
                 let answer = self.glimpse_answers.borrow_mut().remove(&pin.number());
-                answer.flatten().map(|attributes| *attributes).ok_or(Errno::ESTALE)
+                let attributes = *answer.flatten().ok_or(Errno::ESTALE)?;
+                if attributes.ino != ino {
+                    self.refuse(ino.home(), "attributes of another inode than was asked about");
+                    return Err(Errno::EIO);
+                }
+                Ok(attributes)
             }
         }
     }
@@ -150,10 +155,15 @@ impl Volume {
         Ok(layout)
     }
 
-    /// GRANT of ATTR brought these.
-    pub(crate) fn adopt_attributes(&self, ino: Ino, attributes: Option<Attributes>, home_time: Option<Time>) {
+    /// GRANT of ATTR brought these; `held` is what was held before it.
+    pub(crate) fn adopt_attributes(
+        &self,
+        ino: Ino,
+        held: Option<Mode>,
+        attributes: Option<Attributes>,
+        home_time: Option<Time>,
+    ) {
         // What is held already bounds the size: under X this node knows it better, under S and E nobody made the file smaller.
-        let held = self.lock_client.borrow().held(Resource::attr(ino), Range::UNIT);
         let mut states = self.attributes.borrow_mut();
         let state = states.entry(ino).or_default();
         let known = state.base.as_ref().map(|base| base.size);
@@ -190,7 +200,7 @@ impl Volume {
             state.sized = true;
         }
         state.report.touched = Some(state.report.touched.map_or(now, |touched| touched.max(now)));
-        state.report.pages_delta += pages;
+        state.report.pages_delta = state.report.pages_delta.saturating_add(pages);
     }
 
     /// The file was truncated or extended to `size`, under X.
@@ -203,7 +213,7 @@ impl Volume {
         state.report.size = size;
         state.report.exact_size = true;
         state.report.touched = Some(now);
-        state.report.pages_delta += pages;
+        state.report.pages_delta = state.report.pages_delta.saturating_add(pages);
         state.report.truncations += 1;
     }
 
@@ -244,7 +254,7 @@ impl Volume {
         let Ok(Some(mut record)) = self.stored_attributes(ino) else { return };
         record.size = if report.exact_size { report.size } else { record.size.max(report.size) };
         record.pages = record.pages.saturating_add_signed(report.pages_delta);
-        record.truncate_generation += report.truncations;
+        record.truncate_generation = record.truncate_generation.saturating_add(report.truncations);
         if let Some(touched) = report.touched {
             let mut times = self.touched.borrow_mut();
             let exposed = times.entry(ino).or_insert(touched);
@@ -281,6 +291,11 @@ impl Volume {
         if resource.class == Class::Attr {
             self.one_shots.borrow_mut().insert(request, resource.ino);
         }
+    }
+
+    /// Its answer will not come to that.
+    pub(crate) fn forget_observers(&self, slot: Slot) {
+        self.one_shots.borrow_mut().retain(|request, _| request.node.slot != slot);
     }
 
     pub(crate) fn hand_observed(&self, request: &RequestId) -> Option<Ino> {

@@ -351,7 +351,10 @@ impl Volume {
         let mut requests = vec![request];
         while let Some(request) = requests.pop() {
             match (self.call(slot, request.clone()).await, request) {
-                (Ok(Reply::Extents { key, extents, allocated }), _) => {
+                (
+                    Ok(Reply::Extents { key, extents, allocated }),
+                    Request::Layout { range, .. } | Request::Allocate { range, .. },
+                ) if plausible::extents(range, &extents) && allocated <= range.len() => {
                     self.arena_keys.borrow_mut().insert(slot, key);
                     all.extend(extents);
                     new += allocated;
@@ -744,7 +747,7 @@ impl Volume {
         let mut freed = 0;
         for (slot, hull) in hulls(layout, range) {
             match self.call(slot, Request::Free { ino, range: hull }).await? {
-                Reply::Freed(pages) => freed += pages,
+                Reply::Freed(pages) if pages <= hull.len().min(u64::MAX / PAGE_SIZE) => freed += pages,
                 _ => return Err(Errno::EPROTO),
             }
         }

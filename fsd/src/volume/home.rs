@@ -88,6 +88,10 @@ fn apply(txn: &mut WriteTransaction<'_>, updates: &[Update]) -> std::result::Res
                 attributes
             }
             Update::CreateInode { attributes, target, parent, xattrs } => {
+                // An inode never comes into being twice, whatever a peer takes for a fresh number.
+                if txn.inode(attributes.ino)?.is_some() {
+                    return Err(ApplyError::Errno(Errno::EEXIST));
+                }
                 if !target.is_empty() {
                     txn.put_symlink(attributes.ino, target)?;
                 }
@@ -409,8 +413,10 @@ impl Volume {
         if self.pinned_entry(parent, &name).await?.is_some() {
             return Err(Errno::EEXIST);
         }
-        let Reply::Ino(ino) = self.call(self.directory_home(parent, &name), Request::ReserveInode).await? else {
-            return Err(Errno::EPROTO);
+        let directory_home = self.directory_home(parent, &name);
+        let ino = match self.call(directory_home, Request::ReserveInode).await? {
+            Reply::Ino(ino) if ino.home() == directory_home && ino != Ino::ROOT => ino,
+            _ => return Err(Errno::EPROTO),
         };
         let _pins = self.pin_attributes([parent]).await?;
         let directory = self.live_directory(parent)?;
@@ -696,7 +702,7 @@ impl Volume {
         for (slot, _) in &others {
             match self.call(*slot, Request::Decide { transaction, commit: true }).await? {
                 Reply::Decided(changed) => {
-                    for attributes in changed {
+                    for attributes in changed.into_iter().filter(|changed| plausible::attributes_of(*slot, changed)) {
                         self.replace_base(attributes);
                     }
                 }
@@ -736,7 +742,7 @@ impl Volume {
 
     /// A participant promises that the updates can be applied, and remembers them.
     pub(crate) fn prepare(self: &Rc<Self>, transaction: OperationId, updates: Vec<Update>) -> Result<Reply> {
-        if updates.iter().any(|update| update.ino().home() != self.slot()) {
+        if updates.iter().any(|update| update.ino().home() != self.slot() || !plausible::update(update)) {
             return Err(Errno::EINVAL);
         }
         let tried = self.store.borrow_mut().write(|txn| {
@@ -823,6 +829,9 @@ impl Volume {
         create: bool,
         replace: bool,
     ) -> Result<Reply> {
+        if !plausible::xattr(&name, &value) {
+            return Err(Errno::EINVAL);
+        }
         let _pins = self.pin_attributes([ino]).await?;
         let mut attributes = self.settled_attributes(ino)?;
         let mut store_value = Some(value);

@@ -10,8 +10,9 @@ use super::*;
 use verbfs_lock::{PinKind, PinRequest, PinToken, RevokePolicy, Vacated, is_for_server};
 use verbfs_protocol::lock::Successor;
 
-/// Hand-overs that may be here before the grants that announce them. More than operations can be waiting for.
-const ARRIVED_MAX: usize = 4096;
+/// Hand-overs from one node under grants of one server that may be here before the grants that announce them. More than
+/// operations can be waiting for.
+const ARRIVED_MAX: usize = 1024;
 
 /// A range held for an operation; dropping it ends the pin.
 pub struct Pin {
@@ -56,8 +57,8 @@ pub(crate) enum Outcome {
 pub(crate) struct HandOvers {
     /// Grant seen, message not.
     awaited: HashMap<GrantId, (Resource, Range, Successor)>,
-    /// Message seen, grant not.
-    arrived: HashMap<GrantId, (Slot, HandOver)>,
+    /// Message seen, grant not. By sender: until the grant says who the old holder is, anybody's word may be the true one.
+    arrived: HashMap<(GrantId, Slot), HandOver>,
     /// Resources of hand-overs whose pages are not all here yet.
     pub fetching: HashMap<GrantId, (Resource, Range)>,
 }
@@ -73,7 +74,7 @@ impl Volume {
     /// Waits for a lock and pins it.
     ///
     /// # Errors
-    /// EIO when the server is unreachable for longer than the peer time-out, or what the server denies with.
+    /// EIO when the server is no member or unreachable for longer than the peer time-out, or what the server denies with.
     pub async fn pin(self: &Rc<Self>, resource: Resource, range: Range, want: Range, kind: PinKind) -> Result<Pin> {
         self.pin_with(resource, range, want, kind, PinOptions::default()).await.map(|(pin, _)| pin)
     }
@@ -87,6 +88,10 @@ impl Volume {
         options: PinOptions,
     ) -> Result<(Pin, Outcome)> {
         debug_assert!(!range.is_empty() && want.contains(range), "{resource} {range} {want}");
+        // Inode numbers come from directories of other homes: one of a home that does not exist would be waited for for ever.
+        if !self.options.members.contains(&resource.server) {
+            return Err(Errno::EIO);
+        }
         let (pin, receiver) = match self.begin_pin(resource, range, want, kind, options) {
             (pin, None) => return Ok((pin, Outcome::Pinned)),
             (pin, Some(receiver)) => (pin, receiver),
@@ -217,7 +222,10 @@ impl Volume {
             LockMessage::Release { resource, .. } => {
                 self.metrics.lock_releases[metric_class(resource.class)].increment()
             }
-            LockMessage::Deny { .. } => self.metrics.lock_denials[metric_class(Class::Data)].increment(),
+            LockMessage::Deny { request, .. } => {
+                self.hand_observed(request);
+                self.metrics.lock_denials[metric_class(Class::Data)].increment()
+            }
             LockMessage::Glimpse { .. } => self.metrics.lock_glimpses.increment(),
             _ => {}
         }
@@ -256,58 +264,86 @@ impl Volume {
                     self.note_request(*request, *resource);
                 }
             }
-            if let LockMessage::Release { resource, .. } | LockMessage::Glimpsed { resource, .. } = &envelope.message
-                && let Some(report) = envelope.report
-            {
-                let holds = self
-                    .lock_server
-                    .borrow()
-                    .holders(*resource)
-                    .iter()
-                    .any(|view| view.slot == from.slot && view.mode != Mode::S);
-                if holds && resource.class == Class::Attr {
-                    self.apply_report(resource.ino, report);
-                } else {
-                    tracing::warn!(slot = from.slot, %resource, "attributes reported under no lock are not taken");
+            // What the holder changed goes into the store before anything the server now grants goes out.
+            let report = match &envelope.message {
+                LockMessage::Release { resource, .. } | LockMessage::Glimpsed { resource, .. } => {
+                    envelope.report.map(|report| (*resource, report))
                 }
-            }
+                _ => None,
+            };
+            let reporter_holds = report.is_some_and(|(resource, _)| {
+                let holders = self.lock_server.borrow().holders(resource);
+                holders.iter().any(|view| view.slot == from.slot && view.mode != Mode::S)
+            });
             let opening = match &envelope.message {
                 LockMessage::Lock { resource, .. } if resource.class == Class::Open => Some(resource.ino),
                 _ => None,
             };
             let mut effects = Vec::new();
-            self.lock_server.borrow_mut().handle(from, envelope.message, now, &mut effects);
+            let outcome = self.lock_server.borrow_mut().handle(from, envelope.message, now, &mut effects);
+            if let Err(violation) = outcome {
+                self.refuse(from.slot, violation.0);
+                return;
+            }
+            if let Some((resource, report)) = report {
+                if !plausible::report(&report) {
+                    self.refuse(from.slot, "a report of attributes that cannot be");
+                } else if reporter_holds && resource.class == Class::Attr {
+                    self.apply_report(resource.ino, report);
+                } else {
+                    tracing::warn!(slot = from.slot, %resource, "attributes reported under no lock are not taken");
+                }
+            }
             self.server_effects.borrow_mut().extend(effects);
             if let Some(ino) = opening {
                 self.opening_asked(ino, from.slot);
             }
             return;
         }
-        if let LockMessage::Grant { resource, .. } = &envelope.message {
-            match resource.class {
-                Class::Attr => {
-                    self.adopt_attributes(resource.ino, envelope.attributes.as_deref().cloned(), envelope.home_time)
-                }
-                // Layouts do not change while an inode lives, and an inode does not live twice.
-                Class::Open => {
-                    let mut files = self.files.borrow_mut();
-                    let file = files.entry(resource.ino).or_default();
-                    match &envelope.attributes {
-                        Some(attributes) if !self.is_usable(&attributes.layout) => {}
-                        Some(attributes) => file.layout = Some(Rc::new(attributes.layout.clone())),
-                        None => file.gone = true,
-                    }
-                }
-                _ => {}
-            }
+        let Envelope { message, attributes, home_time, .. } = envelope;
+        let about = match &message {
+            LockMessage::Grant { resource, .. } => Some(*resource),
+            _ => None,
+        };
+        let fits = |attributes: &Attributes| {
+            plausible::attributes(attributes) && about.is_none_or(|resource| attributes.ino == resource.ino)
+        };
+        if !attributes.as_deref().is_none_or(fits) {
+            self.refuse(from.slot, "attributes that cannot be");
+            return;
         }
-        let observed = matches!(envelope.message, LockMessage::Observed { .. });
-        let thawed = match &envelope.message {
+        // What is held before a grant of attributes says how far it brings news.
+        let held_before = about
+            .filter(|resource| resource.class == Class::Attr)
+            .and_then(|resource| self.lock_client.borrow().held(resource, Range::UNIT));
+        let observed = matches!(message, LockMessage::Observed { .. });
+        let thawed = match &message {
             LockMessage::Thaw { resource, .. } => Some(*resource),
             _ => None,
         };
         let mut effects = Vec::new();
-        self.lock_client.borrow_mut().handle(from.slot, envelope.message, now, &mut Policy(self), &mut effects);
+        let outcome = self.lock_client.borrow_mut().handle(from.slot, message, now, &mut Policy(self), &mut effects);
+        if let Err(violation) = outcome {
+            self.refuse(from.slot, violation.0);
+            return;
+        }
+        // No pin that rests on the grant runs before these are known: its effect is still to be carried out.
+        match about {
+            Some(Resource { class: Class::Attr, ino, .. }) => {
+                self.adopt_attributes(ino, held_before, attributes.as_deref().cloned(), home_time)
+            }
+            // Layouts do not change while an inode lives, and an inode does not live twice.
+            Some(Resource { class: Class::Open, ino, .. }) => {
+                let mut files = self.files.borrow_mut();
+                let file = files.entry(ino).or_default();
+                match &attributes {
+                    Some(attributes) if !self.is_usable(&attributes.layout) => {}
+                    Some(attributes) => file.layout = Some(Rc::new(attributes.layout.clone())),
+                    None => file.gone = true,
+                }
+            }
+            _ => {}
+        }
         // Somebody asks for the size of what nobody writes here any more: let the next to ask have it to keep.
         if let Some(resource) = thawed
             && self.files.borrow().get(&resource.ino).is_none_or(|file| file.writers == 0)
@@ -317,7 +353,7 @@ impl Volume {
         if observed {
             for effect in &effects {
                 if let ClientEffect::Observed { token } = effect {
-                    self.glimpse_answers.borrow_mut().insert(token.0, envelope.attributes.clone());
+                    self.glimpse_answers.borrow_mut().insert(token.0, attributes.clone());
                 }
             }
         }
@@ -376,23 +412,13 @@ impl Volume {
                 let arrived = {
                     let mut hand_overs = self.hand_overs.borrow_mut();
                     hand_overs.fetching.insert(grant, (resource, range));
-                    let arrived = hand_overs.arrived.remove(&grant);
-                    if arrived.is_none() {
-                        hand_overs.awaited.insert(grant, (resource, range, from));
-                    }
+                    hand_overs.awaited.insert(grant, (resource, range, from));
+                    let arrived = hand_overs.arrived.remove(&(grant, from.slot));
+                    hand_overs.arrived.retain(|(other, _), _| *other != grant);
                     arrived
                 };
-                match arrived {
-                    Some((slot, hand_over))
-                        if slot == from.slot && hand_over.resource == resource && hand_over.range == range =>
-                    {
-                        self.take_over(slot, hand_over)
-                    }
-                    Some((slot, _)) => {
-                        self.hand_overs.borrow_mut().awaited.insert(grant, (resource, range, from));
-                        self.refuse(slot, "a hand-over of something else than what was granted");
-                    }
-                    None => {}
+                if let Some(hand_over) = arrived {
+                    self.receive_hand_over(from.slot, hand_over);
                 }
             }
             ClientEffect::Dropped { resource, range, .. } => self.drop_transit(resource, range),
@@ -420,27 +446,42 @@ impl Volume {
 
     /// HANDOVER from an old holder.
     pub(crate) fn receive_hand_over(self: &Rc<Self>, from: Slot, hand_over: HandOver) {
-        if hand_over.resource.class != Class::Data || hand_over.pages.len() > RUNS_MAX {
+        let HandOver { resource, range, new_grant, .. } = hand_over;
+        // Each page once, within the range, at a page of the sender's cache.
+        let mut behind = range.lo;
+        let pages_fit = hand_over.pages.iter().all(|page| {
+            let fits = page.page >= behind && page.page < range.hi && page.offset % PAGE_SIZE == 0;
+            behind = page.page.saturating_add(1);
+            fits
+        });
+        if resource.class != Class::Data
+            || new_grant.server != resource.server
+            || !self.options.members.contains(&resource.server)
+            || hand_over.pages.len() > RUNS_MAX
+            || !pages_fit
+        {
             self.refuse(from, "a hand-over that cannot be");
             return;
         }
-        let awaited = self.hand_overs.borrow_mut().awaited.remove(&hand_over.new_grant);
+        let awaited = self.hand_overs.borrow().awaited.get(&new_grant).copied();
         match awaited {
-            Some((resource, range, source)) => {
-                if source.slot != from || resource != hand_over.resource || range != hand_over.range {
+            Some((expected, granted, source)) => {
+                if source.slot != from || expected != resource || granted != range {
                     self.refuse(from, "a hand-over of something else than what was granted");
                     return;
                 }
+                self.hand_overs.borrow_mut().awaited.remove(&new_grant);
                 self.take_over(from, hand_over);
             }
             None => {
                 let mut hand_overs = self.hand_overs.borrow_mut();
-                if hand_overs.arrived.len() >= ARRIVED_MAX {
-                    drop(hand_overs);
-                    self.refuse(from, "hand-overs that were never granted");
+                // Left behind by a server that names successors and does not tell them, or by a sender that nobody told to.
+                let left = hand_overs.arrived.keys().filter(|key| (key.0.server, key.1) == (resource.server, from));
+                if left.count() >= ARRIVED_MAX {
+                    tracing::warn!(from, %resource, "too many hand-overs that were never granted; one is dropped");
                     return;
                 }
-                hand_overs.arrived.insert(hand_over.new_grant, (from, hand_over));
+                hand_overs.arrived.insert((new_grant, from), hand_over);
             }
         }
     }
@@ -550,19 +591,27 @@ impl Volume {
     pub(crate) fn drop_hand_overs_from(self: &Rc<Self>, slot: Slot) {
         let dead: Vec<GrantId> = {
             let mut hand_overs = self.hand_overs.borrow_mut();
-            hand_overs.arrived.retain(|_, (from, _)| *from != slot);
+            // Neither what it handed over nor what it granted.
+            hand_overs.arrived.retain(|(grant, from), _| *from != slot && grant.server != slot);
+            hand_overs.awaited.retain(|grant, _| grant.server != slot);
+            hand_overs.fetching.retain(|grant, _| grant.server != slot);
             hand_overs.awaited.iter().filter(|(_, (_, _, from))| from.slot == slot).map(|(grant, _)| *grant).collect()
         };
         for grant in dead {
-            {
-                let mut hand_overs = self.hand_overs.borrow_mut();
-                hand_overs.awaited.remove(&grant);
-                hand_overs.fetching.remove(&grant);
-            }
-            let mut effects = Vec::new();
-            self.lock_client.borrow_mut().fetched(grant, false, self.ticks(), &mut effects);
-            self.client_effects.borrow_mut().extend(effects);
+            self.give_up_hand_over(grant);
         }
         self.cache_changed.notify();
+    }
+
+    /// The pages of a hand-over will not come: the server has them written back instead, or knows that they are lost.
+    fn give_up_hand_over(&self, grant: GrantId) {
+        {
+            let mut hand_overs = self.hand_overs.borrow_mut();
+            hand_overs.awaited.remove(&grant);
+            hand_overs.fetching.remove(&grant);
+        }
+        let mut effects = Vec::new();
+        self.lock_client.borrow_mut().fetched(grant, false, self.ticks(), &mut effects);
+        self.client_effects.borrow_mut().extend(effects);
     }
 }

@@ -9,6 +9,7 @@
 //! - `storage`: what this node answers as the place where pages and records are stored
 //! - `file_locks`: fcntl and flock
 //! - `remote`: requests and replies
+//! - `plausible`: what a peer may say
 //!
 //! Everything here runs inside the core (see [`crate::executor`]).
 
@@ -16,9 +17,12 @@ mod attributes;
 mod data;
 mod file_locks;
 mod home;
+#[cfg(test)]
+mod hostile;
 mod inspect;
 mod locks;
 mod names;
+mod plausible;
 mod remote;
 mod storage;
 mod transfer;

@@ -140,9 +140,9 @@ impl Volume {
             )
             .await?
         {
-            Reply::Created { attributes, created } => {
-                // Who opens it wants the layout next; closing forgets it again.
-                if opening && self.is_usable(&attributes.layout) {
+            Reply::Created { attributes, created } if plausible::attributes(&attributes) => {
+                // Who opens it wants the layout next; closing forgets it again. A home's word counts for its own inodes.
+                if opening && attributes.ino.home() == parent.home() && self.is_usable(&attributes.layout) {
                     self.files.borrow_mut().entry(attributes.ino).or_default().layout =
                         Some(Rc::new(attributes.layout.clone()));
                 }
@@ -164,7 +164,7 @@ impl Volume {
             .operation(parent.home(), caller, Operation::MakeDirectory { parent, name: name.to_vec(), new })
             .await?
         {
-            Reply::Attributes(attributes) => Ok(*attributes),
+            Reply::Attributes(attributes) if plausible::attributes(&attributes) => Ok(*attributes),
             _ => Err(Errno::EPROTO),
         }
     }
@@ -188,7 +188,9 @@ impl Volume {
     pub async fn link(self: &Rc<Self>, caller: Caller, ino: Ino, parent: Ino, name: &[u8]) -> Result<Attributes> {
         check_name(name)?;
         match self.operation(parent.home(), caller, Operation::Link { ino, parent, name: name.to_vec() }).await? {
-            Reply::Attributes(attributes) => Ok(*attributes),
+            Reply::Attributes(attributes) if attributes.ino == ino && plausible::attributes(&attributes) => {
+                Ok(*attributes)
+            }
             _ => Err(Errno::EPROTO),
         }
     }
@@ -211,7 +213,9 @@ impl Volume {
     /// Mode, owner, times; see [`Volume::truncate`] for the size.
     pub async fn change(self: &Rc<Self>, caller: Caller, ino: Ino, change: Change) -> Result<Attributes> {
         match self.operation(ino.home(), caller, Operation::Change { ino, change }).await? {
-            Reply::Attributes(attributes) => Ok(*attributes),
+            Reply::Attributes(attributes) if attributes.ino == ino && plausible::attributes(&attributes) => {
+                Ok(*attributes)
+            }
             _ => Err(Errno::EPROTO),
         }
     }
@@ -276,10 +280,10 @@ impl Volume {
         let mut sum = Space::default();
         for reply in crate::executor::join_all(calls.collect()).await {
             if let Ok(Reply::Space(space)) = reply {
-                sum.pages += space.pages;
-                sum.free_pages += space.free_pages;
-                sum.inodes += space.inodes;
-                sum.free_inodes += space.free_inodes;
+                sum.pages = sum.pages.saturating_add(space.pages);
+                sum.free_pages = sum.free_pages.saturating_add(space.free_pages);
+                sum.inodes = sum.inodes.saturating_add(space.inodes);
+                sum.free_inodes = sum.free_inodes.saturating_add(space.free_inodes);
             }
         }
         Ok(sum)

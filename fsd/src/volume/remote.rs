@@ -90,6 +90,10 @@ impl Volume {
 
     /// A peer broke the protocol: it loses its connection, this daemon goes on.
     pub(crate) fn refuse(&self, slot: Slot, reason: &str) {
+        if slot == self.slot() {
+            tracing::error!(reason, "this node breaks its own protocol");
+            return;
+        }
         tracing::warn!(slot, reason, "refused a peer's message and dropped its connection");
         self.metrics.messages_invalid.increment();
         if let Some(transport) = self.transport.borrow_mut().as_mut() {
@@ -198,6 +202,7 @@ impl Volume {
         self.lock_client.borrow_mut().server_lost(slot, &mut client_effects);
         self.client_effects.borrow_mut().extend(client_effects);
         self.forget_openings(slot);
+        self.forget_observers(slot);
         self.drop_hand_overs_from(slot);
         self.file_locks_of_lost_node(slot);
         self.arena_keys.borrow_mut().remove(&slot);

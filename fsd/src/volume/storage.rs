@@ -26,7 +26,12 @@ impl Volume {
     /// Serves a request of a node, also this one.
     pub(crate) async fn serve(self: Rc<Self>, from: Node, request: Request) -> Result<Reply> {
         match request {
-            Request::Operation { operation, caller, kind, .. } => self.operate(operation, caller, kind).await,
+            Request::Operation { operation, caller, kind, .. } => {
+                if operation.node != from {
+                    return Err(Errno::EINVAL);
+                }
+                self.operate(operation, caller, kind).await
+            }
             Request::Lookup { directory, name } => {
                 let entry = self.store.borrow().read(|txn| txn.entry(directory, &name)).map_err(store_error)?;
                 Ok(Reply::Entry(entry.map(|entry| (entry.ino, entry.kind))))
@@ -152,7 +157,8 @@ impl Volume {
             .collect();
         let mut effects = Vec::new();
         for grant in taken {
-            server.handle(from, LockMessage::Taken { grant, resource }, self.ticks(), &mut effects);
+            let taken = LockMessage::Taken { grant, resource };
+            server.handle(from, taken, self.ticks(), &mut effects).expect("this node grants the resource");
         }
         self.server_effects.borrow_mut().extend(effects);
     }
@@ -245,7 +251,9 @@ impl Volume {
                 Box::pin(async move {
                     match volume.call(slot, Request::Flush { resource, range }).await? {
                         Reply::Flushed { report } => {
-                            if let Some(report) = report {
+                            if let Some(report) = report.filter(plausible::report)
+                                && resource.class == Class::Attr
+                            {
                                 volume.apply_report(resource.ino, report);
                             }
                             Ok(())

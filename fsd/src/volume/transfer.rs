@@ -529,14 +529,18 @@ impl Volume {
     /// Fetches the pages of a hand-over; `false` when they cannot be had.
     pub(crate) async fn fetch_hand_over(self: &Rc<Self>, from: Slot, message: &HandOver) -> bool {
         let ino = message.resource.ino;
+        // The range of a striped file covers pages of other servers too: those are not this hand-over's.
+        let layout = self.files.borrow().get(&ino).and_then(|file| file.layout.clone());
+        let stored_there =
+            |page: u64| layout.as_ref().is_some_and(|layout| layout.slot_of_page(page) == message.resource.server);
+        if !message.pages.iter().all(|page| stored_there(page.page)) {
+            tracing::debug!(from, resource = %message.resource, "a hand-over of pages that lie elsewhere, or of a file not known any more");
+            return false;
+        }
         self.cap_size_floor(ino, message.range.lo);
         let mut waiting = Vec::new();
         let mut reserved = Vec::new();
         for page in &message.pages {
-            if page.page < message.range.lo || page.page >= message.range.hi || page.offset % PAGE_SIZE != 0 {
-                self.refuse(from, "a hand-over of a page outside its range");
-                return false;
-            }
             let index = loop {
                 let index = {
                     let mut cache = self.cache.borrow_mut();

@@ -166,6 +166,10 @@ pub struct World {
     pub now: u64,
     pub violation: Option<String>,
     pub finished: u64,
+    /// A slot whose machines are not asked: a test speaks in its name. The oracle says nothing of what it serves.
+    pub liar: Option<Slot>,
+    /// What the honest have sent to it.
+    pub heard: Vec<LockMessage>,
 }
 
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
@@ -239,6 +243,8 @@ impl World {
             now: 0,
             violation: None,
             finished: 0,
+            liar: None,
+            heard: Vec::new(),
             options,
         }
     }
@@ -450,12 +456,16 @@ impl World {
     }
 
     fn look(&mut self, slot: Slot, pin: &PinSpec) {
+        let is_honest = !self.is_lied_about(pin.resource);
         let held = self.nodes[slot as usize].client.held(pin.resource, pin.range);
         if !held.is_some_and(|held| held.covers(pin.kind.mode())) {
             self.violate(format!(
                 "invariant 1: node {slot} uses {} {} as {:?} but holds {held:?}",
                 pin.resource, pin.range, pin.kind
             ));
+        }
+        if !is_honest {
+            return;
         }
         if pin.resource.class == Class::Attr {
             let mine = self.nodes[slot as usize].sizes.get(&pin.resource).copied().unwrap_or(0);
@@ -502,7 +512,7 @@ impl World {
             if beside {
                 self.violate(format!("an exclusive pin of node {slot} on {} does not run alone", pin.resource));
             }
-            if pin.kind == PinKind::Shared {
+            if pin.kind == PinKind::Shared || self.is_lied_about(pin.resource) {
                 continue;
             }
             if pin.resource.class == Class::Attr {
@@ -550,7 +560,7 @@ impl World {
         if server.is_incoming(work.resource, work.grant) {
             let mut effects = Vec::new();
             let taken = LockMessage::Taken { grant: work.grant, resource: work.resource };
-            server.handle(self.nodes[slot as usize].node, taken, self.now, &mut effects);
+            server.handle(self.nodes[slot as usize].node, taken, self.now, &mut effects).expect("an honest client");
             self.server_effects(work.resource.server, effects);
         }
         let pages: Vec<u64> = self
@@ -645,7 +655,60 @@ impl World {
         self.client_effects(slot, effects, None);
     }
 
+    pub fn is_lied_about(&self, resource: Resource) -> bool {
+        self.liar == Some(resource.server)
+    }
+
+    /// The liar says `message` to `to`. What is refused has no effect.
+    pub fn lie(&mut self, to: Slot, message: LockMessage) -> Result<(), Violation> {
+        let liar = self.liar.expect("there is one");
+        let (now, before) = (self.now, self.nodes[to as usize].client.clone());
+        let mut effects = Vec::new();
+        if is_for_server(&message) {
+            let from = self.nodes[liar as usize].node;
+            let outcome = self.servers[to as usize].handle(from, message, now, &mut effects);
+            self.server_effects(to, effects);
+            return outcome;
+        }
+        let mut policy = Policy { generous: self.options.generous };
+        let mut effects = Vec::new();
+        let outcome = self.node(to).client.handle(liar, message, now, &mut policy, &mut effects);
+        if outcome.is_err() && (!effects.is_empty() || before != self.nodes[to as usize].client) {
+            self.violate("a message that was refused has changed something".into());
+        }
+        self.client_effects(to, effects, Some(Report::Exactly(0)));
+        outcome
+    }
+
+    /// It is found out: fenced, its locks released, what it granted void, and whoever waits for it is told so.
+    pub fn end_lies(&mut self) {
+        let liar = self.liar.expect("there is one");
+        self.kill(liar);
+        for slot in 0..liar {
+            let mut effects = Vec::new();
+            self.node(slot).client.server_lost(liar, &mut effects);
+            self.client_effects(slot, effects, None);
+            let waits = |errand: &Errand| errand.pins.iter().any(|pin| pin.resource.server == liar);
+            let fruitless: Vec<u64> = self.nodes[slot as usize]
+                .running
+                .iter()
+                .filter(|(_, errand)| waits(errand))
+                .map(|(&id, _)| id)
+                .collect();
+            for id in fruitless {
+                let errand = self.node(slot).running.remove(&id).expect("just listed");
+                self.unpin_all(slot, errand);
+            }
+        }
+    }
+
     fn send(&mut self, from: Slot, to: Slot, lane: Lane, wire: Wire) {
+        if self.liar == Some(to) {
+            if let Wire::Lock(message, _) = wire {
+                self.heard.push(message);
+            }
+            return;
+        }
         if self.nodes[to as usize].alive {
             self.queues.entry((from, to, lane)).or_default().push_back(wire);
         }
@@ -677,7 +740,7 @@ impl World {
                 }
                 ClientEffect::PinFailed { token, .. } => {
                     if let Some((id, pin)) = self.by_token(slot, token) {
-                        if !pin.r#try {
+                        if !pin.r#try && !self.is_lied_about(pin.resource) {
                             self.violate(format!("a pin of node {slot} on {} was denied", pin.resource));
                         }
                         let operation = self.node(slot).running.remove(&id).expect("running");
@@ -692,7 +755,7 @@ impl World {
                     };
                     if let Some((id, pin)) = self.by_token(slot, token) {
                         let operation = self.node(slot).running.remove(&id).expect("running");
-                        if !operation.truths.contains(&size) {
+                        if !operation.truths.contains(&size) && !self.is_lied_about(pin.resource) {
                             self.violate(format!(
                                 "node {slot} observes size {size} of {}, true were {:?}",
                                 pin.resource, operation.truths
@@ -786,8 +849,11 @@ impl World {
                 }
             }
             let mut effects = Vec::new();
-            self.servers[to as usize].handle(sender, message, now, &mut effects);
+            let outcome = self.servers[to as usize].handle(sender, message, now, &mut effects);
             self.server_effects(to, effects);
+            if let Err(violation) = outcome {
+                self.violate(format!("the server of {to} takes node {from} for a liar: {violation}"));
+            }
         } else {
             // A GRANT over what is held X already brings no news.
             let mut report = report;
@@ -799,8 +865,11 @@ impl World {
             }
             let mut policy = Policy { generous: self.options.generous };
             let mut effects = Vec::new();
-            self.node(to).client.handle(from, message, now, &mut policy, &mut effects);
+            let outcome = self.node(to).client.handle(from, message, now, &mut policy, &mut effects);
             self.client_effects(to, effects, report);
+            if let Err(violation) = outcome {
+                self.violate(format!("the client of {to} takes the server of {from} for a liar: {violation}"));
+            }
         }
     }
 
@@ -956,6 +1025,9 @@ impl World {
         let mut wrong = None;
         for (index, a) in self.nodes.iter().enumerate() {
             for held in a.client.grants().filter(|held| !held.incoming && !held.in_transit) {
+                if self.is_lied_about(held.resource) {
+                    continue;
+                }
                 for b in &self.nodes[index + 1..] {
                     for other in b.client.grants().filter(|other| {
                         !other.incoming
@@ -982,7 +1054,7 @@ impl World {
     pub fn check_records(&mut self) {
         let mut wrong = None;
         for node in self.nodes.iter().filter(|node| node.alive) {
-            for held in node.client.grants().filter(|held| !held.in_transit) {
+            for held in node.client.grants().filter(|held| !held.in_transit && !self.is_lied_about(held.resource)) {
                 let holders = self.servers[held.resource.server as usize].holders(held.resource);
                 let mut at = held.range.lo;
                 for holder in
