@@ -192,6 +192,10 @@ impl Transport for FabricTransport {
                 && process_is_gone(process)
             {
                 peer.process = None;
+                // Its next life has a session already: the old one ended with that, and a fence would hit the living.
+                if self.endpoint.peer(slot).is_some_and(|hello| hello.pid != process) {
+                    continue;
+                }
                 if let Err(error) = self.endpoint.fence(slot) {
                     tracing::error!(slot, %error, "a peer that ended could not be fenced");
                     peer.process = Some(process);
