@@ -83,8 +83,8 @@ mkdir -p "$results/shared/control" "$run/tmp"
 
 # For each guest: its process group while it runs, and how often it was started.
 pids=() boots=()
-# Process groups of the switch, and of what shows the guests' output.
-switch='' followers=()
+# Process groups of the switch, of what shows the guests' output, and of the guardian.
+switch='' followers=() guardian=
 # The status of the guest that failed first, and when that was.
 first='' first_at=0
 
@@ -103,11 +103,24 @@ end_group() {
 end_all() {
     local group
     trap '' INT TERM HUP
-    for group in "${pids[@]}" $switch "${followers[@]}"; do [ -z "$group" ] || end_group "$group"; done
+    for group in "${pids[@]}" "$switch" "${followers[@]}"; do [ -z "$group" ] || end_group "$group"; done
+    [ -z "$guardian" ] || kill -KILL -- "-$guardian"
 }
 trap end_all EXIT
 trap 'exit 130' INT
 trap 'exit 143' TERM HUP
+
+# Ends what was started if this script is killed and cannot.
+guard() {
+    set -m
+    (
+        trap '' INT TERM HUP
+        while kill -0 $$; do sleep 1; done
+        while read -r group; do kill -KILL -- "-$group"; done < "$run/groups"
+    ) > /dev/null 2>&1 < /dev/null &
+    guardian=$!
+    set +m
+}
 
 # start_switch: a QEMU without a machine joins the guests' sockets. A guest may come and go.
 start_switch() {
@@ -123,6 +136,7 @@ start_switch() {
     (cd "$run" && exec qemu-system-x86_64 "${arguments[@]}") > "$run/switch.log" 2>&1 < /dev/null &
     switch=$!
     set +m
+    echo "$switch" >> "$run/groups"
     for n in {1..100}; do
         [ ! -S "$run/switch$guests" ] || break
         if [ "$n" = 100 ] || ! kill -0 "$switch" 2> /dev/null; then
@@ -197,11 +211,13 @@ start_guest() {
         < /dev/null >> "$guest/output" 2>> "$guest/console" &
     pids[n]=$!
     set +m
+    echo "${pids[n]}" >> "$run/groups"
     if [ "${boots[n]}" = 1 ]; then
         set -m
         (tail -n +1 -f "$guest/output" | if [ "$guests" = 1 ]; then cat; else sed -u "s/^/$n: /"; fi) 2> /dev/null &
         followers+=("$!")
         set +m
+        echo "$!" >> "$run/groups"
     fi
     monitor "guest$n" qmp_capabilities
 }
@@ -264,6 +280,7 @@ if [ -n "$shell" ]; then
     start_guest 1
     exit 0
 fi
+guard
 [ "$guests" = 1 ] || start_switch
 began=$SECONDS
 for ((n = 1; n <= guests; n++)); do start_guest "$n"; done
