@@ -32,9 +32,9 @@ pub struct Call {
     pub client: u32,
     /// The mount it went through.
     pub mount: u32,
-    /// CLOCK_MONOTONIC just before.
+    /// [`crate::clock::now`] just before.
     pub start: u64,
-    /// CLOCK_MONOTONIC just after; `None` when the client was stopped meanwhile.
+    /// [`crate::clock::now`] just after; `None` when the client was stopped meanwhile.
     pub end: Option<u64>,
     /// What was done.
     pub op: Op,

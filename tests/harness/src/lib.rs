@@ -8,7 +8,7 @@
 //! |---|---|
 //! | [`mounts`] | a fresh working directory, seen through every mount, removed afterwards |
 //! | [`rng`] | one seed, same choices |
-//! | [`clock`] | one monotonic clock for all processes of this host |
+//! | [`clock`] | one clock for all processes of this host, and of virtual machines on it |
 //! | [`history`] | calls with start and end, saved and read back |
 //! | [`linearize`] | accepts a history if and only if some order of instants explains it |
 //! | [`model`] | what files, names, words and locks may do, one step at a time |
@@ -19,7 +19,7 @@
 //! | [`sys`] | the few system calls that `rustix` and `nix` do not wrap |
 //!
 //! The binaries `verbfs-coherence`, `verbfs-exerciser`, `verbfs-namespace-exerciser` and `verbfs-posix` explain
-//! themselves at the top of their main files.
+//! themselves at the top of their main files; `verbfs-vm-clock` tries the clock that virtual machines share.
 
 pub mod clock;
 pub mod coherence;

@@ -78,6 +78,12 @@ impl Mapping {
         self.word(index).store(value, Ordering::SeqCst);
     }
 
+    /// 8-byte word number `index`, in a mapping that then stays until the process ends. The mapping must be writable.
+    pub fn leak_word(self, index: usize) -> &'static AtomicU64 {
+        let mapping: &'static Self = Box::leak(Box::new(self));
+        mapping.word(index)
+    }
+
     /// `msync(MS_SYNC)` of the whole mapping.
     pub fn sync(&self) -> io::Result<()> {
         // SAFETY: the range is exactly the mapping, which lives as long as `self`.
