@@ -14,7 +14,7 @@ packages() {
 build  gcc          compiles the embedded store (LMDB) and links
 build  libc6-dev    headers of the C library
 build  make         runs the targets of the Makefile
-build  pkg-config   finds hwloc
+build  pkg-config   finds hwloc and the RDMA libraries
 build  libhwloc-dev cores and caches of this machine
 build  libibverbs-dev  headers of the RDMA verbs
 build  librdmacm-dev   headers of the RDMA connection manager
@@ -22,6 +22,9 @@ build  libclang-dev    reads those headers when bindings are made from them
 build  cmake        configures C libraries that crates bring along
 run    fuse3        fusermount3, and the fuse entry of /etc/fuse.conf
 run    procps       ps, for people who look at daemons
+run    libibverbs1  RDMA verbs; used only where the fabric is RDMA, linked always
+run    librdmacm1   RDMA connection manager, likewise
+run    ibverbs-providers  drivers of RDMA devices, the software device's among them
 demo   tar          unpacking a source tree onto a mount
 demo   gcc          compiling a source tree on a mount
 demo   make         building a source tree on a mount

@@ -304,7 +304,9 @@ impl Endpoint {
             self.statistics.credit_stalls += 1;
         }
         self.statistics.messages_sent[index] += 1;
+        self.fabric.cork();
         session.post(&mut *self.fabric, number);
+        self.fabric.uncork();
         Ok(())
     }
 
@@ -401,6 +403,8 @@ impl Endpoint {
     /// Appends what has happened to `events`. Never blocks.
     pub fn poll(&mut self, events: &mut Vec<Event>) {
         events.append(&mut self.waiting);
+        // What this sets going (credit, fetches, queued messages) goes out together at the end.
+        self.fabric.cork();
         // A second round only when the first posted fetches: with `shm` they are complete already.
         for _ in 0..2 {
             let mut found = std::mem::take(&mut self.fabric_events);
@@ -421,6 +425,7 @@ impl Endpoint {
                 break;
             }
         }
+        self.fabric.uncork();
         events.append(&mut self.waiting);
     }
 

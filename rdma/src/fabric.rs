@@ -18,6 +18,7 @@ use std::sync::atomic::AtomicU64;
 
 use crate::handshake::{ConnectError, Hello};
 use crate::mapping::Mapping;
+use crate::verbs::region::MemoryRegion;
 
 /// What a remote party names a region by. Never reused within a daemon's life.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
@@ -35,9 +36,12 @@ pub enum Access {
 }
 
 pub(crate) struct RegionInner {
-    pub(crate) mapping: Mapping,
+    /// With `verbs`: what the device knows the memory by. First, so that it goes before the memory does.
+    pub(crate) registration: Option<Arc<MemoryRegion>>,
+    pub(crate) mapping: Arc<Mapping>,
     pub(crate) key: RemoteKey,
-    pub(crate) descriptor: Arc<OwnedFd>,
+    /// With `shm`: what peers map.
+    pub(crate) descriptor: Option<Arc<OwnedFd>>,
     /// Anonymous memory is sealed against shrinking, a file is not.
     pub(crate) sealed: bool,
 }
@@ -140,6 +144,10 @@ pub enum PostError {
     QueueFull,
     #[error("work ids from {:#x} on are the mailbox's own", crate::RESERVED_WORK_IDS)]
     ReservedWorkId,
+    #[error("longer than one operation of this device can be")]
+    TooLong,
+    #[error("this device has no atomic operations")]
+    NoAtomics,
 }
 
 /// How a posted operation failed.
@@ -182,6 +190,8 @@ pub enum FenceError {
     StillRunning { pid: i32 },
     #[error("an operation of the peer has not ended in time")]
     StillInside,
+    #[error("the device does not destroy a queue pair of the peer: {source}")]
+    QueuePair { source: std::io::Error },
 }
 
 /// What a provider reports.
@@ -298,12 +308,18 @@ pub trait Fabric: Send {
     ) -> Result<(), PostError>;
 
     /// Writes a record of at least 8 bytes whose first word must become visible last, tells the peer in the way of
-    /// `publication`, and wakes it if it sleeps. No completion is reported; the source must stay until the peer says it has the record.
+    /// `publication`, and wakes it if it sleeps. No completion is reported; the source must stay until the peer says it has
+    /// the record. It follows earlier writes, but may overtake earlier *reads* and atomics.
     fn publish(&mut self, slot: u16, source: Local<'_>, target: Remote, immediate: u32) -> Result<(), PostError>;
     /// How our peers learn of what we publish.
     fn publication(&self) -> Publication;
     /// A small message for set-up, reliable and in order with region announcements, at most [`CONTROL_LENGTH_MAXIMUM`] bytes.
     fn send_control(&mut self, slot: u16, bytes: &[u8]) -> Result<(), PostError>;
+
+    /// Until `uncork`, the provider may hold posted operations back, so that one doorbell serves them all.
+    fn cork(&mut self) {}
+    /// Hands over what was held back.
+    fn uncork(&mut self) {}
 
     /// Collects what has happened. Never blocks.
     fn poll(&mut self, events: &mut Vec<FabricEvent>);
@@ -315,6 +331,6 @@ pub trait Fabric: Send {
     fn interrupt(&self);
     /// Takes the announcement back.
     fn disarm(&mut self);
-    /// Event descriptor writes so far.
+    /// Times a sleeper was woken by a peer so far: counted where the wake-up is written (`shm`) or where it arrives (`verbs`).
     fn wakeups_written(&self) -> u64;
 }

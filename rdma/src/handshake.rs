@@ -149,6 +149,14 @@ pub enum ConnectError {
     System(i32),
 }
 
+/// A peer that has proved the cluster key, and a secret that only the two who proved it to each other know.
+#[derive(Clone, Copy)]
+pub(crate) struct Proved {
+    pub(crate) hello: Hello,
+    /// Names this one handshake. Whoever shows what is derived from it was part of it.
+    pub(crate) binding: [u8; PROOF_LENGTH],
+}
+
 /// A socket that keeps message boundaries.
 pub(crate) trait Channel {
     fn send(&mut self, message: &[u8]) -> Result<(), ConnectError>;
@@ -219,13 +227,17 @@ fn refuse(channel: &mut dyn Channel, error: ConnectError) -> ConnectError {
     error
 }
 
-/// The connecting side's half. Returns the peer's proved hello.
+fn proved(key: &[u8; 32], transcript: &[u8], hello: Hello) -> Proved {
+    Proved { hello, binding: proof(key, b"binding\0\0", transcript, 0).finalize().into_bytes().into() }
+}
+
+/// The connecting side's half.
 pub(crate) fn initiate(
     channel: &mut dyn Channel,
     us: &Identity<'_>,
     expected_slot: u16,
     deadline: Instant,
-) -> Result<Hello, ConnectError> {
+) -> Result<Proved, ConnectError> {
     let ours = hello_message(us.hello)?;
     channel.send(&ours)?;
     let mut buffer = [0; MESSAGE_LENGTH_MAXIMUM];
@@ -259,11 +271,16 @@ pub(crate) fn initiate(
         return Err(Refusal::from_code(verdict).map_or(ConnectError::Malformed, ConnectError::RefusedByPeer));
     }
     (us.admit)(hello.slot, hello.incarnation).map_err(ConnectError::RefusedByUs)?;
-    Ok(hello)
+    Ok(proved(us.key, &transcript, hello))
 }
 
-/// The listening side's half. Returns the peer's proved hello.
-pub(crate) fn accept(channel: &mut dyn Channel, us: &Identity<'_>, deadline: Instant) -> Result<Hello, ConnectError> {
+/// The listening side's half. `prepare` is called for a peer that is let in, before it can know that it is.
+pub(crate) fn accept(
+    channel: &mut dyn Channel,
+    us: &Identity<'_>,
+    deadline: Instant,
+    prepare: &dyn Fn(&Proved),
+) -> Result<Proved, ConnectError> {
     let mut buffer = [0; MESSAGE_LENGTH_MAXIMUM];
     let length = channel.receive(&mut buffer, deadline)?;
     let theirs = buffer[..length].to_vec();
@@ -281,9 +298,13 @@ pub(crate) fn accept(channel: &mut dyn Channel, us: &Identity<'_>, deadline: Ins
         .map_err(|_| refuse(channel, ConnectError::RefusedByUs(Refusal::Key)))?;
     let admitted = (us.admit)(hello.slot, hello.incarnation);
     let verdict = admitted.err().map_or(0, Refusal::code);
+    let proved = proved(us.key, &transcript, hello);
+    if admitted.is_ok() {
+        prepare(&proved);
+    }
     let mut message = vec![KIND_PROOF, verdict];
     message.extend_from_slice(&proof(us.key, b"acceptor\0", &transcript, verdict).finalize().into_bytes());
     channel.send(&message)?;
     admitted.map_err(ConnectError::RefusedByUs)?;
-    Ok(hello)
+    Ok(proved)
 }

@@ -2,6 +2,7 @@
 //!
 //! - [`fabric`]: what a provider promises: registered memory and one-sided operations with the order of an RC queue pair
 //! - [`shm`]: the provider for daemons on one host
+//! - [`verbs`]: the provider for RDMA devices
 //! - [`handshake`]: the proof of the cluster key that precedes everything
 //! - [`mailbox`]: sessions of ring messages, and their records
 //! - [`endpoint`]: fabric and mailbox as the daemon uses them
@@ -10,6 +11,7 @@
 //! `cargo test -p verbfs-rdma` runs everything: unit and property tests, the conformance suite every provider must pass
 //! (tests/conformance.rs), and loom (tests/loom.rs, no flags needed). examples/pingpong.rs measures round trips.
 
+mod admission;
 pub mod endpoint;
 pub mod fabric;
 pub mod handshake;
@@ -17,6 +19,7 @@ pub mod mailbox;
 mod mapping;
 pub mod shm;
 pub mod sync;
+pub mod verbs;
 
 pub use endpoint::{Endpoint, EndpointConfig, Event, Limits, SendError, SessionLoss, Statistics};
 pub use fabric::{Access, DisconnectReason, FenceError, PostError, Region, RemoteKey, WorkError};

@@ -225,7 +225,13 @@ mod tests {
     fn region(length: usize) -> Region {
         let descriptor = crate::shm::socket::sealed_memory(length).unwrap();
         let mapping = Mapping::new(descriptor.as_fd(), length).unwrap();
-        Region(Arc::new(RegionInner { mapping, key: RemoteKey(0), descriptor: Arc::new(descriptor), sealed: true }))
+        Region(Arc::new(RegionInner {
+            registration: None,
+            mapping: Arc::new(mapping),
+            key: RemoteKey(0),
+            descriptor: Some(Arc::new(descriptor)),
+            sealed: true,
+        }))
     }
 
     #[derive(Debug, Clone)]

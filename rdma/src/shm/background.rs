@@ -11,7 +11,8 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use super::socket;
-use crate::handshake::{self, ConnectError, Hello, Identity, Incarnation, Refusal};
+use crate::admission::{Admissions, refusal_to_log};
+use crate::handshake::{self, ConnectError, Hello, Identity};
 
 /// Handshakes under way at one time; whoever comes beyond is hung up on and tries again.
 pub(super) const HANDSHAKES_MAXIMUM: usize = 64;
@@ -32,15 +33,6 @@ pub(super) enum Outcome {
     Failed { slot: u16, reason: ConnectError },
 }
 
-/// What we admit from a slot.
-#[derive(Debug, Default, Clone, Copy)]
-pub(super) struct Admission {
-    /// Incarnations below are stale.
-    pub(super) minimum: Option<Incarnation>,
-    /// Node incarnations up to this one were fenced.
-    pub(super) fenced: Option<u32>,
-}
-
 #[derive(Debug)]
 pub(super) struct Shared {
     pub(super) hello: Hello,
@@ -51,7 +43,7 @@ pub(super) struct Shared {
     /// Set when the polling thread has to look at `outcomes` or at signals.
     pub(super) attention: AtomicBool,
     outcomes: Mutex<VecDeque<Outcome>>,
-    admissions: Mutex<HashMap<u16, Admission>>,
+    pub(super) admissions: Admissions,
     signals: Mutex<HashMap<u64, Arc<AtomicBool>>>,
     handshakes: AtomicUsize,
     watcher: OwnedFd,
@@ -87,7 +79,7 @@ impl Shared {
             event: Arc::new(socket::event_descriptor()?),
             attention: AtomicBool::new(false),
             outcomes: Mutex::default(),
-            admissions: Mutex::default(),
+            admissions: Admissions::default(),
             signals: Mutex::default(),
             handshakes: AtomicUsize::new(0),
             // SAFETY: the descriptor is new and ours.
@@ -154,21 +146,6 @@ impl Shared {
         lock(&self.outcomes).pop_front()
     }
 
-    pub(super) fn admit(&self, slot: u16, incarnation: Incarnation) -> Result<(), Refusal> {
-        let admission = lock(&self.admissions).get(&slot).copied().unwrap_or_default();
-        if admission.fenced.is_some_and(|fenced| incarnation.node <= fenced) {
-            return Err(Refusal::Fenced);
-        }
-        if admission.minimum.is_some_and(|minimum| incarnation < minimum) {
-            return Err(Refusal::Stale);
-        }
-        Ok(())
-    }
-
-    pub(super) fn change_admission(&self, slot: u16, change: impl FnOnce(&mut Admission)) {
-        change(lock(&self.admissions).entry(slot).or_default());
-    }
-
     fn begin_handshake(self: &Arc<Self>, work: impl FnOnce(&Arc<Shared>) + Send + 'static) -> bool {
         if self.handshakes.fetch_add(1, Ordering::AcqRel) >= HANDSHAKES_MAXIMUM {
             self.handshakes.fetch_sub(1, Ordering::AcqRel);
@@ -189,7 +166,7 @@ impl Shared {
         body(&Identity {
             hello: &self.hello,
             key: &self.key,
-            admit: &|slot, incarnation| self.admit(slot, incarnation),
+            admit: &|slot, incarnation| self.admissions.admit(slot, incarnation),
         })
     }
 
@@ -215,7 +192,8 @@ impl Shared {
                 })?;
                 let deadline = Instant::now() + shared.handshake_timeout;
                 let hello = shared
-                    .identity(|identity| handshake::initiate(&mut connection.as_fd(), identity, slot, deadline))?;
+                    .identity(|identity| handshake::initiate(&mut connection.as_fd(), identity, slot, deadline))?
+                    .hello;
                 let process = Self::peer_process(connection.as_fd())?;
                 Ok(Established { socket: connection, hello, initiated_here: true, process })
             };
@@ -243,8 +221,9 @@ impl Shared {
         let started = self.begin_handshake(move |shared| {
             let deadline = Instant::now() + shared.handshake_timeout;
             let attempt = || {
-                let hello =
-                    shared.identity(|identity| handshake::accept(&mut connection.as_fd(), identity, deadline))?;
+                let hello = shared
+                    .identity(|identity| handshake::accept(&mut connection.as_fd(), identity, deadline, &|_| {}))?
+                    .hello;
                 Ok((hello, Self::peer_process(connection.as_fd())?))
             };
             match attempt() {
@@ -307,18 +286,4 @@ impl Shared {
         self.stopping.store(true, Ordering::Release);
         socket::signal_event(self.stop.as_raw_fd());
     }
-}
-
-/// At most one refusal a second is logged, or a peer that tries again and again fills the disk. `Some(n)`: log this one,
-/// `n` have gone unlogged since the last.
-fn refusal_to_log() -> Option<u64> {
-    static LAST: std::sync::Mutex<(Option<Instant>, u64)> = std::sync::Mutex::new((None, 0));
-    let mut last = LAST.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-    if last.0.is_some_and(|at| at.elapsed() < std::time::Duration::from_secs(1)) {
-        last.1 += 1;
-        return None;
-    }
-    let unlogged = last.1;
-    *last = (Some(Instant::now()), 0);
-    Some(unlogged)
 }

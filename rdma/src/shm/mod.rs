@@ -212,7 +212,13 @@ impl ShmFabric {
         let mapping = Mapping::new(descriptor.as_fd(), length)?;
         let key = RemoteKey(self.next_key);
         self.next_key = self.next_key.checked_add(1).ok_or(io::ErrorKind::OutOfMemory)?;
-        let region = Region(Arc::new(RegionInner { mapping, key, descriptor: Arc::new(descriptor), sealed }));
+        let region = Region(Arc::new(RegionInner {
+            registration: None,
+            mapping: Arc::new(mapping),
+            key,
+            descriptor: Some(Arc::new(descriptor)),
+            sealed,
+        }));
         self.regions.insert(key, Registered { region: region.clone(), access });
         for slot in self.active.clone() {
             if may_name(access, slot) {
@@ -262,7 +268,7 @@ impl ShmFabric {
             self.peer(slot).connecting = false;
         }
         // The world may have changed since the handshake.
-        if let Err(refusal) = self.shared.admit(slot, hello.incarnation) {
+        if let Err(refusal) = self.shared.admissions.admit(slot, hello.incarnation) {
             if initiated_here {
                 self.fail(slot, ConnectError::RefusedByUs(refusal));
             }
@@ -305,8 +311,7 @@ impl ShmFabric {
                 return self.attach_failed(slot, &error);
             }
         };
-        self.shared
-            .change_admission(slot, |admission| admission.minimum = admission.minimum.max(Some(hello.incarnation)));
+        self.shared.admissions.require(slot, hello.incarnation);
         let peer = self.peer(slot);
         peer.last = Some(hello.incarnation);
         match &process {
@@ -529,7 +534,7 @@ fn region_frame(region: &Region) -> Frame {
     let mut bytes = vec![FRAME_REGION, u8::from(region.0.sealed)];
     bytes.extend_from_slice(&region.key().0.to_le_bytes());
     bytes.extend_from_slice(&(region.len() as u64).to_le_bytes());
-    Frame { bytes, descriptors: vec![region.0.descriptor.clone()] }
+    Frame { bytes, descriptors: region.0.descriptor.iter().cloned().collect() }
 }
 
 enum Arrival {
@@ -834,9 +839,7 @@ impl Fabric for ShmFabric {
     }
 
     fn refuse(&mut self, slot: u16, node_incarnation: u32) {
-        self.shared.change_admission(slot, |admission| {
-            admission.fenced = admission.fenced.max(Some(node_incarnation));
-        });
+        self.shared.admissions.refuse(slot, node_incarnation);
     }
 
     fn write(&mut self, slot: u16, source: Local<'_>, remote: Remote, work_id: u64) -> Result<(), PostError> {

@@ -13,7 +13,7 @@ use crate::handshake::{Channel, ConnectError};
 /// Most descriptors in one frame.
 pub(super) const DESCRIPTORS_MAXIMUM: usize = 2;
 
-pub(super) fn check(result: libc::c_int) -> io::Result<libc::c_int> {
+pub(crate) fn check(result: libc::c_int) -> io::Result<libc::c_int> {
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result) }
 }
 
@@ -123,7 +123,7 @@ pub(super) fn kill_process(process: BorrowedFd<'_>) -> io::Result<()> {
 }
 
 /// Waits until the descriptor is readable. False: `deadline` passed.
-pub(super) fn wait_readable(descriptor: BorrowedFd<'_>, deadline: Instant) -> io::Result<bool> {
+pub(crate) fn wait_readable(descriptor: BorrowedFd<'_>, deadline: Instant) -> io::Result<bool> {
     loop {
         let left = deadline.saturating_duration_since(Instant::now());
         let mut entry = libc::pollfd { fd: descriptor.as_raw_fd(), events: libc::POLLIN, revents: 0 };
@@ -155,20 +155,20 @@ pub(super) fn has_hung_up(socket: BorrowedFd<'_>) -> bool {
 }
 
 /// An event descriptor, non-blocking.
-pub(super) fn event_descriptor() -> io::Result<OwnedFd> {
+pub(crate) fn event_descriptor() -> io::Result<OwnedFd> {
     // SAFETY: no pointers are passed.
     owned(unsafe { libc::eventfd(0, libc::EFD_CLOEXEC | libc::EFD_NONBLOCK) })
 }
 
 /// Makes an event descriptor readable.
-pub(super) fn signal_event(descriptor: RawFd) {
+pub(crate) fn signal_event(descriptor: RawFd) {
     let one = 1u64;
     // SAFETY: eight readable bytes. A full counter is as good as written: the reader wakes anyway.
     unsafe { libc::write(descriptor, (&raw const one).cast(), 8) };
 }
 
 /// Makes an event descriptor unreadable.
-pub(super) fn drain_event(descriptor: RawFd) {
+pub(crate) fn drain_event(descriptor: RawFd) {
     let mut count = 0u64;
     // SAFETY: eight writable bytes. Nothing to read is fine.
     unsafe { libc::read(descriptor, (&raw mut count).cast(), 8) };
