@@ -1,11 +1,12 @@
 //! A daemon: a node with its storage, its fabric, its mounts and the socket on which it answers.
 
 use crate::cache::{CacheMemory, PageCache, PrivateMemory};
-use crate::config::{Config, Fabric};
+use crate::config::Config;
 use crate::control::{
     self, CacheUse, ControlServer, LockEntry, LockList, Member, MemberState, MetricsServer, Mount, MountRequest,
     NodeState, Request, Response, Standing, Status, StorageUse, Top,
 };
+use crate::fabric;
 use crate::frontend::kernel_cache::FuseKernelCache;
 use crate::frontend::mount::{self, MountOptions, Mounted};
 use crate::metrics::{FuseOperation, Metrics};
@@ -21,7 +22,7 @@ use std::time::{Duration, Instant};
 use verbfs_arena::{Arena, ArenaOptions, ExtentTable};
 use verbfs_namespace::{Store, StoreOptions};
 use verbfs_protocol::{Class, Ino, LockSpace, Node, PAGE_SIZE, Range, Resource, Slot};
-use verbfs_rdma::{Endpoint, EndpointConfig, Limits};
+use verbfs_rdma::Incarnation;
 
 /// Lock ranges one node holds at most.
 const MAXIMUM_GRANTS: usize = 100_000;
@@ -39,6 +40,8 @@ struct Inner {
     config: Config,
     slot: Slot,
     incarnation: u32,
+    /// The provider, and why it was chosen.
+    fabric: String,
     hostname: String,
     started: Instant,
     node: NodeHandle,
@@ -114,21 +117,12 @@ impl Daemon {
         let mut transport: Option<Box<dyn crate::volume::Transport>> = None;
         let (mut arena_key, mut cache_key) = (0, 0);
         let memory: Box<dyn CacheMemory>;
+        let mut fabric_description = "none (one node)".to_string();
         if members.len() > 1 {
-            if config.fabric() == Fabric::Verbs {
-                bail!("node {slot}: fabric = \"verbs\" is not built into this version; nodes on one host use \"shm\"");
-            }
-            let key = config.load_key()?;
-            let mut endpoint = Endpoint::new(EndpointConfig {
-                slot,
-                node_incarnation,
-                daemon_incarnation,
-                cluster: config.cluster.clone(),
-                key: *key.bytes(),
-                directory: config.runtime_directory(),
-                limits: Limits::default(),
-            })
-            .with_context(|| format!("node {slot}: cannot make the shared-memory fabric"))?;
+            let incarnation = Incarnation { node: node_incarnation, daemon: daemon_incarnation };
+            let opened = fabric::open(&config, slot, incarnation)?;
+            fabric_description = opened.description;
+            let mut endpoint = opened.endpoint;
             let cache_region = endpoint
                 .register_memory(cache_length)
                 .with_context(|| format!("node {slot}: cannot register a page cache of {cache_length} bytes"))?;
@@ -138,10 +132,7 @@ impl Daemon {
             arena_key = arena_region.key().0;
             cache_key = cache_region.key().0;
             endpoint.listen().with_context(|| {
-                format!(
-                    "node {slot}: cannot listen in {}; is another daemon of this slot running?",
-                    config.runtime_directory().display()
-                )
+                format!("node {slot}: cannot listen at {}; is another daemon of this slot running?", opened.place)
             })?;
             memory = Box::new(RegisteredMemory(cache_region.clone()));
             let peers = members.iter().copied().filter(|member| *member != slot);
@@ -192,6 +183,7 @@ impl Daemon {
         let inner = Arc::new(Inner {
             slot,
             incarnation: node_incarnation,
+            fabric: fabric_description,
             hostname,
             started: Instant::now(),
             node,
@@ -401,11 +393,7 @@ impl Inner {
             hostname: self.hostname.clone(),
             pid: std::process::id(),
             version: env!("CARGO_PKG_VERSION").into(),
-            fabric: if self.config.nodes.len() > 1 {
-                "shm (all nodes are on this host)".into()
-            } else {
-                "none (one node)".into()
-            },
+            fabric: self.fabric.clone(),
             state,
             uptime_seconds: self.started.elapsed().as_secs(),
             view: 1,

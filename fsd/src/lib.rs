@@ -9,6 +9,7 @@ pub mod daemon;
 pub mod demo;
 pub mod errno;
 pub mod executor;
+pub mod fabric;
 pub mod frontend;
 pub mod metrics;
 pub mod node;
