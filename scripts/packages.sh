@@ -19,7 +19,8 @@ build  libhwloc-dev cores and caches of this machine
 build  libibverbs-dev  headers of the RDMA verbs
 build  librdmacm-dev   headers of the RDMA connection manager
 build  libclang-dev    reads those headers when bindings are made from them
-build  cmake        configures C libraries that crates bring along
+build  cmake        configures the copy of rdma-core that ibverbs brings along
+build  python3      asked for by that configuration
 run    fuse3        fusermount3, and the fuse entry of /etc/fuse.conf
 run    procps       ps, for people who look at daemons
 run    libibverbs1  RDMA verbs; used only where the fabric is RDMA, linked always
