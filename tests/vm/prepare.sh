@@ -18,7 +18,6 @@ case ${1:-} in
         vm_missing_programs || status=3
         [ -n "$(vm_kernel_release)" ] || { echo "the Debian kernel is not unpacked: run tests/vm/prepare.sh"; status=3; }
         [ -x "$VM_VIRTME" ] || { echo "virtme-ng is not installed: run tests/vm/prepare.sh"; status=3; }
-        [ -d /lib/modules ] || { echo "/lib/modules does not exist, and guests mount theirs there: mkdir /lib/modules"; status=3; }
         [ $status != 0 ] || echo "nothing is missing"
         exit $status
         ;;
@@ -91,10 +90,23 @@ if [ -z "$(vm_kernel_release)" ]; then
     rm -r "$VM_CACHE/download"
 fi
 
-# virtme-ng mounts the guest's modules over this directory, and the guest cannot create it.
-if ! [ -d /lib/modules ] && ! mkdir /lib/modules; then
-    vm_complain "/lib/modules does not exist: as root, mkdir /lib/modules"
-    exit 3
+# The kernel's directory is also the root that guests boot from: a busybox and mount points, no more. On the host's root
+# virtme-ng would run udev and systemd-tmpfiles, which take longer than all the rest. It is complete when `layout` says which.
+LAYOUT=1
+if [ "$(cat "$VM_CACHE/kernel/layout" 2> /dev/null)" != $LAYOUT ]; then
+    (
+        cd "$VM_CACHE/kernel"
+        mkdir -p bin sbin usr/bin usr/sbin dev proc sys run tmp var root vm/results vm/shared etc
+        cp "$(command -v busybox)" bin/busybox
+        for name in sh mount umount mkdir modprobe insmod cat ls ln ip sleep chroot chown grep hostname poweroff setsid stty touch tr; do
+            ln -sf /bin/busybox "bin/$name"
+        done
+        ln -sf /bin/busybox sbin/modprobe
+        echo 'root:x:0:0:root:/root:/bin/sh' > etc/passwd
+        echo 'root:x:0:' > etc/group
+        touch etc/fstab etc/hosts
+        echo $LAYOUT > layout
+    )
 fi
 
 echo "kernel $(vm_kernel_release) in $VM_CACHE/kernel"

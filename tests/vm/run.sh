@@ -15,9 +15,9 @@
 #   --independent         a guest that fails does not end the others
 #   --shell               a prompt in one guest, instead of a command
 #
-# The root of a guest is this host's root, read-only: programs and the source tree are where they are on the host, the working
+# The command's root is this host's root, read-only: programs and the source tree are where they are on the host, the working
 # directory is the caller's. What changes on the host while a guest runs, it may not see. /tmp, /run, /dev/shm and /var/tmp
-# are the guest's own memory. Guests reach each other, and nothing else. In the environment of the command stand
+# are the guest's own memory. There is no init system, no udev and no login: the command runs as root. Guests reach each other, and nothing else. In the environment of the command stand
 #   VM_GUEST VM_GUESTS VM_BOOT   this guest's number from 1, the number of guests, how often this one was started
 #   VM_ADDRESS                   this guest's address, 198.18.0.VM_GUEST; the names guest1, guest2... work too
 #   VM_RESULTS                   a directory of the host, writable; it stays as DIR/VM_GUEST
@@ -85,6 +85,8 @@ mkdir -p "$results/shared/control" "$run/tmp"
 pids=() boots=()
 # Process groups of the switch, of what shows the guests' output, and of the guardian.
 switch='' followers=() guardian=
+# How the terminal was, if a guest has it.
+terminal=
 # The status of the guest that failed first, and when that was.
 first='' first_at=0
 
@@ -104,6 +106,7 @@ end_all() {
     local group
     trap '' INT TERM HUP
     for group in "${pids[@]}" "$switch" "${followers[@]}"; do [ -z "$group" ] || end_group "$group"; done
+    [ -z "$terminal" ] || stty "$terminal"
     [ -z "$guardian" ] || kill -KILL -- "-$guardian"
 }
 trap end_all EXIT
@@ -156,28 +159,36 @@ monitor() {
 
 # start_guest N: in the background; what it says goes to files of its directory.
 start_guest() {
-    local n=$1 guest=$results/$1 script arguments devices network
+    local n=$1 guest=$results/$1 arguments devices network
     boots[n]=$((${boots[n]:-0} + 1))
     mkdir -p "$guest"
     rm -f "$guest/ready" "$guest/status" "$guest/verdict" "$guest/killed" "$run/guest$n.in" "$run/guest$n.out"
     mkfifo "$run/guest$n.in" "$run/guest$n.out"
     touch "$guest/console" "$guest/output"
     VM_GUEST=$n VM_GUESTS=$guests VM_BOOT=${boots[n]} VM_ADDRESS=198.18.0.$n VM_RESULTS=$guest VM_SHARED=$results/shared
-    VM_SOURCE=$PWD
+    VM_SOURCE=$PWD VM_SHELL=$shell
     {
-        declare -p VM_COMMAND VM_DIRECTORY VM_SOURCE
+        declare -p VM_COMMAND VM_DIRECTORY VM_SOURCE VM_SHELL
         declare -px VM_GUEST VM_GUESTS VM_BOOT VM_ADDRESS VM_RESULTS VM_SHARED | sed 's/^declare -- /declare -x /'
         [ -z "${CARGO_TARGET_DIR:-}" ] || declare -px CARGO_TARGET_DIR
+        [ -z "${TERM:-}" ] || declare -px TERM
+        [ -z "$shell" ] || declare -p VM_ROWS VM_COLUMNS
     } > "$guest/environment"
 
+    # For busybox's shell, which knows no `declare`.
+    printf '%s=%q\n' VM_SOURCE "$VM_SOURCE" VM_RESULTS "$VM_RESULTS" VM_SHARED "$VM_SHARED" > "$guest/places"
+    cp tests/vm/guest/boot.sh "$guest/boot"
     arguments=(
-        --kimg "$VM_CACHE/kernel/boot/vmlinuz-$release" --mods auto
+        --kimg "$VM_CACHE/kernel/boot/vmlinuz-$release" --root "$VM_CACHE/kernel" --mods auto
         --force-9p --disable-kvm --disable-microvm --memory "$memory" --cpus "$cpus" --name "guest$n"
-        "--rwdir=$guest=$guest" "--rwdir=$results/shared=$results/shared"
-        # TCG hands the host's time stamp counter through, the same to all guests; the kernel takes any emulated one for unreliable.
-        --kopt tsc=reliable --kopt mitigations=off --kopt loglevel=7
+        "--rwdir=/vm/results=$guest" "--rwdir=/vm/shared=$results/shared"
+        # The time stamp counter is the host's, and its rate is measured while booting: on a loaded host sometimes at a
+        # sixteenth, and then the guest's time runs sixteen times too fast. The HPET's rate is known, and is right.
+        --kopt clocksource=hpet --kopt tsc=unstable
+        --kopt mitigations=off --kopt loglevel=7
         # Starved by other programs of the host, a guest stands still for seconds: that is no stall of its own.
         --kopt rcupdate.rcu_cpu_stall_timeout=60 --kopt nmi_watchdog=0 --kopt watchdog_thresh=30
+        --show-boot-console --script-sh 'exec sh /vm/results/boot'
     )
     network="stream,id=network,server=off,addr.type=unix,addr.path=switch$n"
     # A wire that ends nowhere.
@@ -188,26 +199,28 @@ start_guest() {
         # AVX is slow in TCG, and programs would choose it.
         -cpu Nehalem,+rdtscp
         -netdev "$network" -device "virtio-net-pci,netdev=network,mac=52:54:00:12:34:0$n"
-        # The host's root once more: virtme-ng mounts it without any cache, the guest mounts this one with.
-        -fsdev local,id=cached,path=/,security_model=none,readonly=on,multidevs=remap
-        -device virtio-9p-pci,fsdev=cached,mount_tag=verbfs.root
+        -fsdev local,id=host,path=/,security_model=none,readonly=on,multidevs=remap
+        -device virtio-9p-pci,fsdev=host,mount_tag=verbfs.host
         -object "memory-backend-file,id=clock,share=on,mem-path=$run/clock,size=$CLOCK_SIZE"
         -device ivshmem-plain,memdev=clock
         -chardev "pipe,id=control,path=guest$n" -mon chardev=control,mode=control
     )
-    script="exec bash '$PWD/tests/vm/guest/start.sh' '$guest'"
+    # shellcheck disable=SC2054 # the commas are QEMU's
+    if [ -n "$shell" ]; then
+        devices+=(-chardev "serial,id=terminal,path=$(tty)" -device virtio-serial-pci -device virtconsole,chardev=terminal)
+    fi
     # virtme-ng keeps nothing outside of our directories.
     local -x HOME=$VM_CACHE/home TMPDIR=$run/tmp
     mkdir -p "$HOME"
     if [ -n "$shell" ]; then
-        printf '#!/bin/bash\n%s\n' "$script" > "$guest/shell"
-        chmod +x "$guest/shell"
-        (cd "$run" && exec "$VM_VIRTME" "${arguments[@]}" --disable-monitor --shell "$guest/shell" \
-            --qemu-opts "${devices[@]}") 2>> "$guest/console" || true
+        # In the foreground: only there may it read from the terminal.
+        touch "$results/shared/go"
+        (cd "$run" && exec "$VM_VIRTME" "${arguments[@]}" --qemu-opts "${devices[@]}") \
+            < /dev/null > "$guest/output" 2>> "$guest/console" || true
         return
     fi
     set -m
-    (cd "$run" && exec "$VM_VIRTME" "${arguments[@]}" --show-boot-console --script-sh "$script" --qemu-opts "${devices[@]}") \
+    (cd "$run" && exec "$VM_VIRTME" "${arguments[@]}" --qemu-opts "${devices[@]}") \
         < /dev/null >> "$guest/output" 2>> "$guest/console" &
     pids[n]=$!
     set +m
@@ -273,14 +286,23 @@ serve_control() {
     done
 }
 
-if [ -n "$shell" ]; then set -- bash -i; guests=1; fi
+if [ -n "$shell" ]; then
+    [ -t 0 ] || die "--shell needs a terminal"
+    [ "$guests" = 1 ] || die "--shell is for one guest"
+    set -- bash -i
+    terminal=$(stty -g)
+    # In the guest the same size; what is typed goes there, ^C too.
+    read -r VM_ROWS VM_COLUMNS < <(stty size)
+    echo "the guest starts; its console is $results/1/console; leave with exit or ^D"
+fi
 VM_COMMAND=("$@")
 truncate -s "$CLOCK_SIZE" "$run/clock"
+guard
 if [ -n "$shell" ]; then
     start_guest 1
-    exit 0
+    conclude 1 ''
+    exit "${first:-0}"
 fi
-guard
 [ "$guests" = 1 ] || start_switch
 began=$SECONDS
 for ((n = 1; n <= guests; n++)); do start_guest "$n"; done

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# First program of a guest: makes it a node with SoftRoCE, then runs the command. Called by virtme-ng's init; $1 is the
-# guest's directory of results, where `environment` says what to run.
+# Second program of a guest, in the host's root: makes the guest a node with SoftRoCE, then runs the command. $1 is the guest's
+# directory of results, where `environment` says what to run.
 set -euo pipefail
 
 say() { echo "<6>verbfs-vm: $*" > /dev/kmsg; }
@@ -9,21 +9,12 @@ trap 'say "the guest could not be set up: line $LINENO"; exit 125' ERR
 results=$1
 # shellcheck disable=SC1091 # written by run.sh
 . "$results/environment"
+export HOME=/root TMPDIR=/tmp PATH=$VM_SOURCE/tests/vm/guest/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
+# Where modprobe finds this kernel's modules.
+export MODPROBE_OPTIONS="-d /run/vm/kernel"
 
-modprobe -a virtio_net rdma_rxe rdma_ucm ib_uverbs fuse
-
-netdev=
-for try in {1..100}; do
-    for path in /sys/bus/virtio/drivers/virtio_net/virtio*/net/*; do
-        [ ! -e "$path" ] || netdev=${path##*/}
-    done
-    [ -z "$netdev" ] || break
-    sleep 0.1
-done
-[ -n "$netdev" ] || { say "no network interface after $try tries"; false; }
 {
-    # udev names interfaces by their slot; tests want one name.
-    [ "$netdev" = eth0 ] || echo "link set dev $netdev name eth0"
+    echo "link set dev lo up"
     # Room for RDMA's largest packets, 4096 bytes and headers.
     echo "link set dev eth0 mtu 4500 up"
     echo "addr add $VM_ADDRESS/24 dev eth0"
@@ -34,40 +25,38 @@ rdma link add rxe0 type rxe netdev eth0
 for path in /sys/bus/pci/devices/*; do
     if read -r device < "$path/device" && [ "$device" = 0x1110 ]; then export VERBFS_CLOCK=$path/resource2; fi
 done
-
-# The command's root: the host's again, but cached, since a program that starts is read anew from the other one each time.
-root=/run/vm/root
-mkdir -p $root
-mount -t 9p -o ro,trans=virtio,version=9p2000.L,access=any,msize=524288,cache=loose verbfs.root $root
-for path in dev proc sys run usr/lib/modules; do mount --rbind "/$path" "$root/$path"; done
-for path in tmp var/tmp var/log; do
-    [ ! -d "$root/$path" ] || mount -t tmpfs -o mode=1777 tmpfs "$root/$path"
-done
-# Results are written without a cache: the host and the other guests look at them. They and the sources may lie below /tmp.
-for path in "$VM_SOURCE" "$results" "$VM_SHARED"; do
-    case $path in /tmp/* | "$results" | "$VM_SHARED") mkdir -p "$root$path" && mount --bind "$path" "$root$path" ;; esac
-done
 {
     echo "127.0.0.1 localhost"
     for ((n = 1; n <= VM_GUESTS; n++)); do echo "198.18.0.$n guest$n"; done
 } > /run/vm/hosts
-mount --bind /run/vm/hosts $root/etc/hosts
+mount --bind /run/vm/hosts /etc/hosts
 
 ulimit -l unlimited
 ulimit -n 65536
-export HOME=/root TMPDIR=/tmp PATH=$VM_SOURCE/tests/vm/guest/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
 trap - ERR
 set +e
+cd "$VM_DIRECTORY" 2> /dev/null || cd "$VM_SOURCE" || exit
 say "ready after $(cut -d. -f1 /proc/uptime) s"
 touch "$results/ready"
-# shellcheck disable=SC2016 # the inner shell expands its own arguments
-run=(chroot "$root" bash -c 'cd "$0" 2> /dev/null || cd "$1"; shift; exec "$@"' "$VM_DIRECTORY" "$VM_SOURCE" "${VM_COMMAND[@]}")
-# At a prompt: no host waits for a status.
-[ ! -t 0 ] || exec "${run[@]}"
 until [ -e "$VM_SHARED/go" ]; do sleep 0.2; done
-"${run[@]}" 2>&1
-status=$?
+
+if [ -n "$VM_SHELL" ]; then
+    stty -F /dev/hvc0 sane rows "$VM_ROWS" cols "$VM_COLUMNS"
+    setsid -c "${VM_COMMAND[@]}" < /dev/hvc0 > /dev/hvc0 2>&1
+    status=0
+else
+    # The port takes one writer; through a pipe, programs can open /dev/stdout again.
+    exec 8> >(exec cat > "$VM_OUTPUT")
+    writer=$!
+    "${VM_COMMAND[@]}" < /dev/null >&8 2>&1
+    status=$?
+    exec 8>&-
+    # What the command left running may hold the pipe.
+    for _ in {1..10}; do
+        kill -0 $writer 2> /dev/null || break
+        sleep 0.1
+    done
+fi
 say "the command ended with $status"
 dmesg > "$results/dmesg.log" 2>&1
 echo $status > "$results/status.new" && mv "$results/status.new" "$results/status"
-exit $status

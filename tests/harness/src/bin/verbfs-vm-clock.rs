@@ -34,9 +34,8 @@ const LOOKS: u32 = 200;
 const SLEEP: Duration = Duration::from_micros(50);
 /// A member that waits this long for its turn gives up.
 const PATIENCE: Duration = Duration::from_secs(60);
-/// How much faster than a member's own clock the shared one may run: it follows the fastest, and emulated machines measure
-/// the rate of their clocks badly when the host is loaded.
-const RATE_MOST: f64 = 1.1;
+/// How much faster than a member's own clock the shared one may run: it follows the fastest.
+const RATE_MOST: f64 = 1.01;
 /// Nanoseconds: what a member lacked when it read first, since nobody read just before.
 const LACK_MOST: f64 = 5e8;
 
