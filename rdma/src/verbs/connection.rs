@@ -35,9 +35,11 @@ const READS_WANTED: u8 = 16;
 const PENDING_MAXIMUM: usize = 1024;
 /// Operations handed over with one doorbell. Bounds how long the first of them waits for its completion.
 const CHAIN_MAXIMUM: usize = 32;
-/// Operations nobody waits for between two completions. Both queues have room for several such runs.
+/// Operations nobody waits for between two completions; fewer where the queue would not hold several such runs.
 const SILENT_RUN_MAXIMUM: u32 = 64;
-const _: () = assert!(SILENT_RUN_MAXIMUM < SENDS_WANTED / 4);
+/// A queue holds this many runs at least, or it could be full of operations that never say they have ended.
+const SILENT_RUNS: u32 = 4;
+const _: () = assert!(SILENT_RUN_MAXIMUM * SILENT_RUNS < SENDS_WANTED && SILENT_RUNS <= 4 * RETURNS);
 /// Completions taken from one connection before the others get their turn.
 const COMPLETIONS_PER_POLL: usize = 256;
 
@@ -312,6 +314,7 @@ impl Connection {
                 self.owed = 0;
             }
         }
+        let silent_run_maximum = SILENT_RUN_MAXIMUM.min(pair.depth().sends / SILENT_RUNS);
         while !self.pending.is_empty() {
             // How many go: the chain's last reported operation carries the completion for those before it.
             let mut count = 0;
@@ -366,7 +369,7 @@ impl Connection {
                 self.silent_run = if silent { self.silent_run + 1 } else { self.silent_run };
                 let signalled = matches!(work, Work::Message(_))
                     || last_reported == Some(posted)
-                    || self.silent_run >= SILENT_RUN_MAXIMUM;
+                    || self.silent_run >= silent_run_maximum;
                 if signalled {
                     self.silent_run = 0;
                 }

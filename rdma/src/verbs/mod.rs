@@ -145,7 +145,8 @@ pub struct VerbsFabric {
     /// Who has shaken hands and may ask, by the mark they will show.
     expected: HashMap<[u8; 32], (Proved, Instant)>,
     closing: VecDeque<Closing>,
-    regions: HashMap<RemoteKey, Region>,
+    /// By address: a key of one that nobody may name could be another's.
+    regions: HashMap<usize, Region>,
     retired_keys: HashSet<u32>,
     events: VecDeque<FabricEvent>,
     reports: Vec<Report>,
@@ -305,7 +306,7 @@ impl VerbsFabric {
             descriptor: None,
             sealed: false,
         }));
-        self.regions.insert(key, region.clone());
+        self.regions.insert(Arc::as_ptr(&region.0).addr(), region.clone());
         Ok(region)
     }
 
@@ -715,10 +716,19 @@ impl VerbsFabric {
         if let Some(reason) = self.collect(slot) {
             return self.disconnect(slot, reason);
         }
-        self.flush(slot);
+        self.hand_over(slot);
     }
 
+    /// Hands over what was just queued.
     fn flush(&mut self, slot: u16) {
+        self.hand_over(slot);
+        if self.armed && self.up(slot).is_some_and(|connection| connection.has_pending()) {
+            // What would make room may have ended already, unheard: whoever sleeps has to look, and to announce itself anew.
+            self.interrupt();
+        }
+    }
+
+    fn hand_over(&mut self, slot: u16) {
         let armed = self.armed;
         let Some(connection) = self.up(slot) else { return };
         if let Err(error) = connection.flush(armed) {
@@ -802,7 +812,7 @@ impl Fabric for VerbsFabric {
     }
 
     fn deregister(&mut self, region: &Region) {
-        let Some(region) = self.regions.remove(&region.key()) else { return };
+        let Some(region) = self.regions.remove(&Arc::as_ptr(&region.0).addr()) else { return };
         let Some(registration) = &region.0.registration else { return };
         // What only we use stays until the last operation of ours on it has ended, by the operation's own hold.
         if registration.remote() == region::Remote::Everything {
