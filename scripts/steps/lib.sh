@@ -14,6 +14,9 @@ CACHE=${CACHE:-64MiB}
 CHUNK=${CHUNK:-1MiB}
 PEER_TIMEOUT=${PEER_TIMEOUT:-10s}
 NODES=${NODES:-3}
+# With verbs: the address of an RDMA device of this host.
+FABRIC=${FABRIC:-shm}
+ADDRESS=${ADDRESS:-localhost}
 declare -A DAEMON
 
 # Storage on memory where there is some: the steps test verbfs, not this host's disk.
@@ -30,7 +33,7 @@ write_config() {
     {
         echo "cluster = \"$CLUSTER\""
         echo "key_file = \"$DIR/key\""
-        echo 'fabric = "shm"'
+        echo "fabric = \"$FABRIC\""
         echo "[directories]"; echo "runtime = \"$DIR/run\""; echo "data = \"$DATA\""
         echo "[storage]"; echo "arena_size = \"$ARENA\""; echo "chunk_size = \"$CHUNK\""
         echo "[cache]"; echo "size = \"$CACHE\""
@@ -39,7 +42,7 @@ write_config() {
         echo "[log]"; echo "level = \"${LOG_LEVEL:-info}\""
         local slot
         for ((slot = 0; slot < NODES; slot++)); do
-            echo "[[nodes]]"; echo "slot = $slot"; echo 'address = "localhost"'
+            echo "[[nodes]]"; echo "slot = $slot"; echo "address = \"$ADDRESS:$((4790 + slot))\""
         done
     } > "$DIR/verbfs.toml"
 }

@@ -1,19 +1,25 @@
 #!/usr/bin/env bash
-# The conformance suite on `verbs`: in a virtual machine with a software RDMA device, one test at a time.
+# RDMA, in a virtual machine with a software device: the conformance suite on `verbs`, one test at a time, then daemons on it.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
-LIMIT=${LIMIT:-500} # seconds for the whole guest; tests of the suite wait for one thing at most PATIENCE seconds
+LIMIT=${LIMIT:-700} # seconds for the whole guest; a test waits for one thing at most PATIENCE seconds
 PATIENCE=60
+VERBFS=$(realpath "${VERBFS:-${CARGO_TARGET_DIR:-target}/release/verbfs}")
 
-# The program is built here and run there: the guest sees the source tree and the target directory where they are.
+# The programs are built here and run there: the guest sees the source tree and the target directory where they are.
 program=$(scripts/cargo.sh test --release -p verbfs-rdma --test conformance_verbs --no-run --message-format=json |
     grep -o '"executable":"[^"]*"' | cut -d'"' -f4 | tail -1)
 [ -x "$program" ] || { echo "verbs: the test program was not built" >&2; exit 1; }
 
-# An address of the guest, not of this host.
-# shellcheck disable=SC2016
-tests/vm/run.sh --limit "$LIMIT" -- bash -c '
-    export VERBFS_RDMA_ADDRESS=$VM_ADDRESS VERBFS_TEST_PATIENCE='"$PATIENCE"' TMPDIR=/dev/shm
-    exec "$1" --ignored --test-threads=1 --skip child # a program for another test, not a test
-' verbs "$program"
+# The test `child` is the program of another test's child process, and none by itself.
+# shellcheck disable=SC2016 # the variables are the guest's
+tests/vm/run.sh --memory 2G --limit "$LIMIT" -- bash -c '
+    set -e
+    export VERBFS_RDMA_ADDRESS=$VM_ADDRESS VERBFS_TEST_PATIENCE=$3 TMPDIR=/dev/shm
+    "$1" --ignored --test-threads=1 --skip child
+    modprobe fuse
+    export ADDRESS=$VM_ADDRESS VERBFS=$2 VERBFS_TEST_DIR=/tmp/cluster
+    mkdir "$VERBFS_TEST_DIR"
+    scripts/steps/lib/verbs-cluster.sh
+' verbs "$program" "$VERBFS" "$PATIENCE"
