@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# RDMA, in a virtual machine with a software device: the conformance suite on `verbs`, one test at a time, then daemons on it.
+# RDMA, in virtual machines with software devices: the conformance suite on `verbs`, one test at a time, then daemons on it.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
@@ -23,3 +23,7 @@ tests/vm/run.sh --memory 2G --limit "$LIMIT" -- bash -c '
     mkdir "$VERBFS_TEST_DIR"
     scripts/steps/lib/verbs-cluster.sh
 ' verbs "$program" "$VERBFS" "$PATIENCE"
+
+# Two hosts: two kernels, two devices, a switch between them.
+tests/vm/run.sh --guests 2 --memory 1G --limit 200 -- env "VERBFS=$VERBFS" scripts/steps/lib/verbs-hosts.sh
+echo "1 passed, 0 failed"
