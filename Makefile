@@ -19,10 +19,10 @@ ZSHDIR  := $(DESTDIR)$(PREFIX)/share/zsh/site-functions
 FISHDIR := $(DESTDIR)$(PREFIX)/share/fish/vendor_completions.d
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench build install uninstall clean fmt lint packages
+.PHONY: help demo test check bench build install uninstall clean fmt lint packages vm-shell
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
 
 demo: build ## three nodes and three mounts on this machine, a source tree through them
 	@scripts/packages.sh run demo
@@ -41,6 +41,10 @@ bench: build ## measure all sides in one run and write docs/BENCHMARKS.md
 build: ## install the packages that are missing, then build the `verbfs` program
 	@scripts/packages.sh build
 	@scripts/cargo.sh build --release --workspace
+
+vm-shell: ## a prompt in a virtual machine with a software RDMA device
+	@scripts/packages.sh test
+	@tests/vm/run.sh --shell
 
 packages: ## only check for the Debian packages, and install what is missing
 	@scripts/packages.sh

@@ -106,7 +106,7 @@ end_all() {
     local group
     trap '' INT TERM HUP
     for group in "${pids[@]}" "$switch" "${followers[@]}"; do [ -z "$group" ] || end_group "$group"; done
-    [ -z "$terminal" ] || stty "$terminal"
+    [ -z "$terminal" ] || stty "$terminal" 2> /dev/null || true
     [ -z "$guardian" ] || kill -KILL -- "-$guardian"
 }
 trap end_all EXIT
