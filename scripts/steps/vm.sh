@@ -28,10 +28,10 @@ from_guests() { # NAME, DIR, COUNT
             ok\ *) pass "$1: ${line#ok      }" ;;
             FAILED\ *) fail "$1: ${line#FAILED  }" "see below" ;;
         esac
-    done < <(cat "$2"/[1-9]/output)
-    closing=$(cat "$2"/[1-9]/output | grep -cE '^[0-9]+ passed, [0-9]+ failed$' || true)
+    done < <(cat "$2"/[1-9]/output*)
+    closing=$(cat "$2"/[1-9]/output* | grep -cE '^[0-9]+ passed, [0-9]+ failed$' || true)
     expect "$1: all guests came to their end" "$3" "$closing" "$2.log"
-    if grep -q '^FAILED' "$2"/[1-9]/output; then sed -E 's/^([0-9]+ passed)/... \1/' "$2.log"; fi
+    if grep -q '^FAILED' "$2"/[1-9]/output*; then sed -E 's/^([0-9]+ passed)/... \1/' "$2.log"; fi
 }
 
 # --- how consoles are judged ---------------------------------------------------------------------

@@ -26,7 +26,7 @@
 # and in PATH are vm-barrier, vm-link and vm-control; they explain themselves at their top.
 #
 # The command's output is printed here, both streams as one, and kept in DIR/N/output, the console's in DIR/N/console, what
-# became of the guest in DIR/N/verdict.
+# became of the guest in DIR/N/verdict; those of a guest's earlier starts in output.before and console.before.
 #
 # Exit status: that of the command, of the guest that failed first if there are several, unless
 #   120  the kernel complained: a warning, an oops, a stall, a hung task; the lines are shown
@@ -164,6 +164,11 @@ start_guest() {
     mkdir -p "$guest"
     rm -f "$guest/ready" "$guest/status" "$guest/verdict" "$guest/killed" "$run/guest$n.in" "$run/guest$n.out"
     mkfifo "$run/guest$n.in" "$run/guest$n.out"
+    # QEMU begins both anew.
+    if [ "${boots[n]}" != 1 ]; then
+        cat "$guest/console" >> "$guest/console.before"
+        cat "$guest/output" >> "$guest/output.before"
+    fi
     touch "$guest/console" "$guest/output"
     VM_GUEST=$n VM_GUESTS=$guests VM_BOOT=${boots[n]} VM_ADDRESS=198.18.0.$n VM_RESULTS=$guest VM_SHARED=$results/shared
     VM_SOURCE=$PWD VM_SHELL=$shell
