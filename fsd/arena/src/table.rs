@@ -250,6 +250,11 @@ impl ExtentTable {
         self.uncommitted.keys().copied()
     }
 
+    /// Whether an inode has uncommitted extents.
+    pub fn has_uncommitted(&self, ino: Ino) -> bool {
+        self.uncommitted.contains_key(&ino)
+    }
+
     /// Uncommitted pages of all files.
     pub fn uncommitted_pages(&self) -> u64 {
         self.uncommitted.values().flat_map(BTreeMap::values).map(|run| run.pages).sum()

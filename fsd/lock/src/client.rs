@@ -1199,6 +1199,11 @@ impl LockClient {
     /// Gives up at most `most` unpinned ranges of one resource; returns how many. None while anything of it is asked for, waited
     /// for or frozen.
     pub fn give_up(&mut self, resource: Resource, most: usize, effects: &mut Effects) -> usize {
+        self.give_up_within(resource, Range::ALL, most, effects)
+    }
+
+    /// The same, of what lies within `within`.
+    pub fn give_up_within(&mut self, resource: Resource, within: Range, most: usize, effects: &mut Effects) -> usize {
         let Some(local) = self.locals.get(&resource) else { return 0 };
         // It volunteers nothing it may be asking for (lib.rs, rule 2).
         if !(self.options.mutations.volunteer_asked || local.requests.is_empty() && local.waiting.is_empty())
@@ -1208,11 +1213,10 @@ impl LockClient {
         }
         let idle: Vec<Range> = local
             .pieces
-            .iter()
-            .filter(|(range, piece)| {
-                piece.state == State::Held && !local.active.iter().any(|pin| pin.request.range.overlaps(*range))
-            })
-            .map(|(range, _)| range)
+            .overlapping(within)
+            .filter(|(_, piece)| piece.state == State::Held)
+            .map(|(range, _)| range.intersect(within))
+            .filter(|range| !local.active.iter().any(|pin| pin.request.range.overlaps(*range)))
             .take(most)
             .collect();
         for &range in &idle {
@@ -1291,6 +1295,25 @@ impl LockClient {
             }
         }
         (at >= range.hi).then_some(weakest)
+    }
+
+    /// How far around `range`, within `within`, all is held X (fenced or not); `range` itself if not even that is.
+    pub fn held_exclusively_around(&self, resource: Resource, range: Range, within: Range) -> Range {
+        let Some(local) = self.locals.get(&resource) else { return range };
+        let mut run = Range::new(within.lo, within.lo);
+        for (held, piece) in local.pieces.overlapping(within) {
+            let held = held.intersect(within);
+            if piece.mode != Mode::X || piece.state == State::Incoming {
+                run = Range::new(held.hi, held.hi);
+                continue;
+            }
+            let joined = if held.lo == run.hi { Range::new(run.lo, held.hi) } else { held };
+            if joined.lo > range.lo {
+                break;
+            }
+            run = joined;
+        }
+        if run.contains(range) { run } else { range }
     }
 
     pub fn grants(&self) -> impl Iterator<Item = GrantView> + '_ {

@@ -61,7 +61,8 @@ fn main() {
     ];
     println!("| message | bytes | encode, ns | decode, ns |\n|---|---|---|---|");
     for (name, message) in messages {
-        let message = Message::Lock(Envelope { message, attributes: None, home_time: None, report: None });
+        let message =
+            Message::Lock(Envelope { message, attributes: None, home_time: None, report: None, entries: None });
         let record = message.record(source);
         let encode = best_nanoseconds(|| drop(black_box(black_box(&message).record(source))));
         let decode = best_nanoseconds(|| {

@@ -20,6 +20,8 @@ pub const LIST_MAX: usize = 1024;
 pub const EXTENTS_MAX: usize = 32 << 10;
 /// Updates of one home in one transaction at most: a rename has the most, fewer than ten.
 pub const UPDATES_MAX: usize = 64;
+/// Entries that travel with the lock on their hash: more names than that share one hash hardly ever.
+pub const HASH_ENTRIES_MAX: usize = 4;
 /// Extended attributes of a new inode at most: the two lists of its ACL.
 pub const UPDATE_XATTRS_MAX: usize = 2;
 /// Longest list of the names of a file's extended attributes, bytes with a terminator each (XATTR_LIST_MAX of Linux).
@@ -87,7 +89,7 @@ pub const REPLY_FAILED: u8 = 0;
 /// A lock message with what the volumes attach to it.
 ///
 /// Behind the lock message's fields stands one byte that says what is attached, a bit for each: 1 the home's time, 2 a
-/// report, 4 attributes. What is attached follows, in this order; what is not takes no room.
+/// report, 4 attributes, 8 entries. What is attached follows, in this order; what is not takes no room.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Envelope {
     pub message: LockMessage,
@@ -96,11 +98,15 @@ pub struct Envelope {
     pub home_time: Option<Time>,
     /// With Release and Glimpsed of ATTR.
     pub report: Option<AttributeReport>,
+    /// With Grant of NAME that was asked for one hash: all entries of that hash.
+    pub entries: Option<HashEntries>,
 }
 
 const ATTACHED_HOME_TIME: u8 = 1;
 const ATTACHED_REPORT: u8 = 2;
 const ATTACHED_ATTRIBUTES: u8 = 4;
+const ATTACHED_ENTRIES: u8 = 8;
+const ATTACHED_ALL: u8 = ATTACHED_HOME_TIME | ATTACHED_REPORT | ATTACHED_ATTRIBUTES | ATTACHED_ENTRIES;
 
 impl Envelope {
     fn encode_body(&self, out: &mut Vec<u8>) {
@@ -115,16 +121,20 @@ impl Envelope {
         if self.attributes.is_some() {
             attached |= ATTACHED_ATTRIBUTES;
         }
+        if self.entries.is_some() {
+            attached |= ATTACHED_ENTRIES;
+        }
         out.push(attached);
         self.home_time.iter().for_each(|time| time.encode(out));
         self.report.iter().for_each(|report| report.encode(out));
         self.attributes.iter().for_each(|attributes| attributes.encode(out));
+        self.entries.iter().for_each(|entries| entries.encode(out));
     }
 
     fn decode_body(number: u8, reader: &mut Reader<'_>) -> Result<Envelope, Malformed> {
         let message = LockMessage::decode_fields(number, reader)?;
         let value = u8::decode(reader).map_err(|malformed| malformed.within("attached"))?;
-        if value & !(ATTACHED_HOME_TIME | ATTACHED_REPORT | ATTACHED_ATTRIBUTES) != 0 {
+        if value & !ATTACHED_ALL != 0 {
             return Err(Malformed::new(Fault::Unknown { what: "set of attachments", value }).within("attached"));
         }
         fn attached<T: Wire>(there: bool, name: &'static str, reader: &mut Reader<'_>) -> Result<Option<T>, Malformed> {
@@ -135,6 +145,7 @@ impl Envelope {
             home_time: attached(value & ATTACHED_HOME_TIME != 0, "home_time", reader)?,
             report: attached(value & ATTACHED_REPORT != 0, "report", reader)?,
             attributes: attached(value & ATTACHED_ATTRIBUTES != 0, "attributes", reader)?,
+            entries: attached(value & ATTACHED_ENTRIES != 0, "entries", reader)?,
         })
     }
 }
@@ -172,6 +183,8 @@ wire! {
         /// Key of the old holder's cache region.
         pub key: u32,
         pub pages: Vec<HandOverPage> as List<RUNS_MAX>,
+        /// Pages allocated ahead that hold nothing and do not count as the file's yet: the successor's to use or give back.
+        pub spare: Vec<Range> as List<RUNS_MAX>,
     }
 
     /// The identity that asks, for what the home decides by it.
@@ -226,6 +239,13 @@ wire! {
         pub kind: FileKind,
         /// Where a scan goes on behind this entry; below 2^63.
         pub cursor: u64,
+    }
+
+    /// All entries of a directory whose names have one hash.
+    #[derive(Clone, Debug, PartialEq, Eq)]
+    pub struct HashEntries {
+        pub hash: u64,
+        pub entries: Vec<Listed> as List<HASH_ENTRIES_MAX>,
     }
 
     /// Which of the two spaces of advisory locks.
@@ -366,6 +386,8 @@ wire! {
         Allocate = 10 {
             ino: Ino,
             range: Range,
+            /// Around `range`, under the same lock: allocated too if there is plenty of space. The answer is about all of it.
+            ahead: Range,
             zero: bool,
         },
         /// Pages were written to their extents.
@@ -429,6 +451,13 @@ wire! {
         DescribeFileLocks = 24 {
             ino: Ino,
         },
+        /// Pages allocated ahead and not used, under the asker's DATA X.
+        GiveBack = 25 {
+            ino: Ino,
+            ranges: Vec<Range> as List<RUNS_MAX>,
+        },
+        /// The asking server is short of space: give back what was allocated ahead there.
+        ReturnSpare = 26,
     }
 
     /// What a home does for a client under its own locks.
@@ -661,6 +690,7 @@ impl Message {
                 home_time: Option::sample(source),
                 report: Option::sample(source),
                 attributes: Option::sample(source),
+                entries: Option::sample(source),
             }),
             [group::REQUEST, number] => {
                 let index = index_of::<Request>(number)?;

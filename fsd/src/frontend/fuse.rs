@@ -476,7 +476,11 @@ impl Filesystem for VerbfsFuse {
                 if !created && !may_open_found(&found, caller, flags) {
                     return Err(volume::Errno(libc::ESTALE));
                 }
-                let handle = volume.open(found.ino, flags).await?;
+                let handle = if created {
+                    volume.open_new(found.ino, flags).await?
+                } else {
+                    volume.open(found.ino, flags).await?
+                };
                 // The kernel takes the file for new and leaves O_TRUNC out.
                 if !created && flags & libc::O_TRUNC != 0 {
                     match volume.truncate(caller, found.ino, 0).await {

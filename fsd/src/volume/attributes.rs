@@ -286,20 +286,9 @@ impl Volume {
         }
     }
 
-    /// Remembers what a one-shot request is about, for the answer.
-    pub(crate) fn note_request(&self, request: RequestId, resource: Resource) {
-        if resource.class == Class::Attr {
-            self.one_shots.borrow_mut().insert(request, resource.ino);
-        }
-    }
-
-    /// Its answer will not come to that.
+    /// The answers to a node that is gone will not come to bringing attributes or entries.
     pub(crate) fn forget_observers(&self, slot: Slot) {
-        self.one_shots.borrow_mut().retain(|request, _| request.node.slot != slot);
-    }
-
-    pub(crate) fn hand_observed(&self, request: &RequestId) -> Option<Ino> {
-        self.one_shots.borrow_mut().remove(request)
+        self.asked.borrow_mut().retain(|request, _| request.node.slot != slot);
     }
 
     /// Forgets attributes of inodes under no lock, when there are many.

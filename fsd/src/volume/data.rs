@@ -38,6 +38,9 @@ pub(crate) struct FileState {
     pub known: RangeSet,
     /// Counts how often layout was forgotten: an answer asked for before may be out of date beyond what was pinned.
     pub layout_forgotten: u64,
+    /// Pages allocated ahead, under DATA X: they have extents, hold nothing, and do not count as the file's yet. Of what this
+    /// node holds X on, every uncommitted page is either dirty here or spare here.
+    pub spare: RangeSet,
     /// Pages that the kernel may cache. While the file is open for writing here, all of them are under X.
     pub kernel: RangeSet,
     /// Ranges whose kernel pages are being dropped, and since when.
@@ -63,6 +66,68 @@ impl FileState {
             pages: extent.pages - skip,
             committed: extent.committed,
         })
+    }
+
+    /// Learns what a server answered for `range`, where nothing was known. A page that has an extent keeps it: it is the same
+    /// one. What is new, uncommitted and not `dirty` is spare.
+    fn learn_new(&mut self, range: Range, extents: &[Extent], dirty: impl Fn(u64) -> bool) {
+        for extent in extents {
+            let answered = Range::new(extent.page, extent.page + extent.pages).intersect(range);
+            for part in self.without_extent(answered) {
+                let arena_page = extent.arena_page + (part.lo - extent.page);
+                self.extents.insert(part.lo, Extent { page: part.lo, arena_page, pages: part.len(), ..*extent });
+                if !extent.committed {
+                    for page in (part.lo..part.hi).filter(|page| !dirty(*page)) {
+                        self.spare.insert(Range::new(page, page + 1));
+                    }
+                }
+            }
+        }
+        self.known.insert(range);
+    }
+
+    /// The parts of `range` that have no extent as far as is known.
+    fn without_extent(&self, range: Range) -> Vec<Range> {
+        let mut parts = Vec::new();
+        let mut lo = range.lo;
+        while lo < range.hi {
+            match self.extent_of(lo) {
+                Some(extent) => lo += extent.pages,
+                None => {
+                    let next = self.extents.range(lo..range.hi).next().map_or(range.hi, |(page, _)| *page);
+                    parts.push(Range::new(lo, next));
+                    lo = next;
+                }
+            }
+        }
+        parts
+    }
+
+    /// Pages of `range` that have an extent.
+    fn pages_allocated(&self, range: Range) -> u64 {
+        range.len() - self.without_extent(range).iter().map(|part| part.len()).sum::<u64>()
+    }
+
+    /// Takes spare pages of `range` into use, or out to be given back.
+    pub fn take_spare(&mut self, range: Range) -> Vec<Range> {
+        let taken: Vec<Range> =
+            self.spare.iter().filter(|piece| piece.overlaps(range)).map(|piece| piece.intersect(range)).collect();
+        self.spare.remove(range);
+        taken
+    }
+
+    /// What no write-back has committed goes with DATA X: the server frees it at the release.
+    pub fn forget_uncommitted(&mut self, range: Range) {
+        let uncommitted: Vec<Range> = self
+            .extents
+            .values()
+            .filter(|extent| !extent.committed)
+            .map(|extent| Range::new(extent.page, extent.page + extent.pages).intersect(range))
+            .filter(|part| !part.is_empty())
+            .collect();
+        for part in uncommitted {
+            self.forget_layout(part);
+        }
     }
 
     /// Learns that of `range` exactly `extents` exist.
@@ -92,6 +157,7 @@ impl FileState {
 
     fn drop_layout(&mut self, range: Range) {
         self.known.remove(range);
+        self.spare.remove(range);
         let mut touching: Vec<u64> = self.extents.range(range.lo..range.hi).map(|(page, _)| *page).collect();
         if let Some((page, extent)) = self.extents.range(..range.lo).next_back()
             && page + extent.pages > range.lo
@@ -305,19 +371,24 @@ impl Volume {
             };
             let forgotten = self.with_file(ino, |file| file.layout_forgotten);
             let (extents, _) = self.request_extents(slot, Request::Layout { ino, range: asked }).await?;
-            self.with_file(ino, |file| {
-                // What is known meanwhile is newer: this node may have allocated there. And where a lock went meanwhile,
-                // only what is pinned is still true.
-                let answered = if file.layout_forgotten == forgotten { asked } else { piece };
-                for part in file.known.missing(answered) {
-                    file.learn(part, &extents);
-                }
-            });
+            self.learn_answer(ino, piece, asked, forgotten, &extents);
         }
         Ok(())
     }
 
-    /// Has every page of a range allocated, under a DATA X pin. Returns the pages that were new.
+    /// Takes in what a server answered about `asked`, of which `pinned` is pinned. What is known meanwhile is newer: this node
+    /// may have allocated there. And where a lock went meanwhile, only what is pinned is still true.
+    fn learn_answer(&self, ino: Ino, pinned: Range, asked: Range, forgotten: u64, extents: &[Extent]) {
+        let cache = self.cache.borrow();
+        let dirty = |page| cache.slot_of(ino, page).is_some_and(|slot| cache.is_dirty(slot) || cache.is_writing(slot));
+        self.with_file(ino, |file| {
+            let answered = if file.layout_forgotten == forgotten { asked } else { pinned };
+            file.learn_new(answered, extents, dirty);
+        });
+    }
+
+    /// Has every page of a range allocated, under a DATA X pin. Returns the pages that were new to the file. `zero`: those that
+    /// were are zeros in the arena, and stay.
     ///
     /// # Errors
     /// ENOSPC: nothing may be dirtied.
@@ -328,22 +399,93 @@ impl Volume {
         range: Range,
         zero: bool,
     ) -> Result<u64> {
+        if zero {
+            // What is spare goes back first: the server zeroes what it allocates, not what it has allocated.
+            let spare = self.with_file(ino, |file| file.take_spare(range));
+            self.give_back(ino, layout, spare).await?;
+        }
         let mut allocated = 0;
+        let mut taken = Vec::new();
         for (slot, piece) in pieces(layout, range) {
-            let wanting = self.with_file(ino, |file| {
-                let mut lo = piece.lo;
-                while let Some(extent) = (lo < piece.hi).then(|| file.extent_of(lo)).flatten() {
-                    lo += extent.pages;
+            if self.with_file(ino, |file| file.pages_allocated(piece) < piece.len()) {
+                let ahead = if zero { piece } else { self.allocation_window(ino, layout, slot, piece) };
+                let forgotten = self.with_file(ino, |file| file.layout_forgotten);
+                match self.request_extents(slot, Request::Allocate { ino, range: piece, ahead, zero }).await {
+                    Ok((extents, new)) => {
+                        self.learn_answer(ino, piece, ahead, forgotten, &extents);
+                        if zero {
+                            allocated += new;
+                        }
+                    }
+                    Err(error) => {
+                        self.with_file(ino, |file| taken.into_iter().for_each(|part| file.spare.insert(part)));
+                        return Err(error);
+                    }
                 }
-                lo < piece.hi
-            });
-            if wanting {
-                let (extents, new) = self.request_extents(slot, Request::Allocate { ino, range: piece, zero }).await?;
-                allocated += new;
-                self.with_file(ino, |file| file.learn(piece, &extents));
+            }
+            taken.extend(self.with_file(ino, |file| file.take_spare(piece)));
+        }
+        Ok(allocated + taken.iter().map(|part| part.len()).sum::<u64>())
+    }
+
+    /// What to allocate with pages of one chunk that have to be: more, the more of the chunk is allocated, so that a lonely page
+    /// in a sparse file stays alone and a file that grows asks once or twice for each chunk.
+    fn allocation_window(&self, ino: Ino, layout: &Layout, slot: Slot, piece: Range) -> Range {
+        /// Pages ahead and behind for each page of the chunk that has its place already.
+        const GROWTH: u64 = 4;
+        let chunk_pages = layout.chunk_pages as u64;
+        let start = piece.lo / chunk_pages * chunk_pages;
+        let chunk = Range::new(start, start.saturating_add(chunk_pages));
+        let more = GROWTH * self.with_file(ino, |file| file.pages_allocated(chunk));
+        if more == 0 || !chunk.contains(piece) {
+            return piece;
+        }
+        let window = Range::new(piece.lo.saturating_sub(more), piece.hi.saturating_add(more)).intersect(chunk);
+        self.lock_client.borrow().held_exclusively_around(Resource::data(ino, slot), piece, window)
+    }
+
+    /// Gives pages back that were allocated ahead and taken out of `spare`.
+    pub(crate) async fn give_back(self: &Rc<Self>, ino: Ino, layout: &Layout, spare: Vec<Range>) -> Result<()> {
+        let mut by_slot: std::collections::BTreeMap<Slot, Vec<Range>> = Default::default();
+        for (slot, piece) in spare.into_iter().flat_map(|range| pieces(layout, range)) {
+            self.with_file(ino, |file| file.forget_layout(piece));
+            by_slot.entry(slot).or_default().push(piece);
+        }
+        for (slot, ranges) in by_slot {
+            for ranges in ranges.chunks(RUNS_MAX) {
+                self.call(slot, Request::GiveBack { ino, ranges: ranges.to_vec() }).await?;
             }
         }
-        Ok(allocated)
+        Ok(())
+    }
+
+    /// Gives back all that this node has spare of a file, because nobody here writes it any more, or of all files on a
+    /// server that is short of space.
+    pub(crate) async fn give_back_spare(self: &Rc<Self>, only: Option<Ino>, server: Option<Slot>) {
+        let mut spare = Vec::new();
+        for (ino, file) in self.files.borrow_mut().iter_mut() {
+            let Some(layout) = file.layout.clone() else { continue };
+            if only.is_some_and(|only| only != *ino) || file.spare.is_empty() {
+                continue;
+            }
+            let taken: Vec<Range> = file
+                .spare
+                .iter()
+                .flat_map(|range| pieces(&layout, range))
+                .filter(|(slot, _)| server.is_none_or(|server| server == *slot))
+                .map(|(_, piece)| piece)
+                .collect();
+            for piece in &taken {
+                file.spare.remove(*piece);
+            }
+            spare.push((*ino, layout, taken));
+        }
+        for (ino, layout, taken) in spare {
+            // A server that cannot be asked frees what is spare when it takes the lock back.
+            if let Err(error) = self.give_back(ino, &layout, taken).await {
+                tracing::debug!(%ino, ?error, "spare pages were not given back");
+            }
+        }
     }
 
     async fn request_extents(self: &Rc<Self>, slot: Slot, request: Request) -> Result<(Vec<Extent>, u64)> {
@@ -745,6 +887,7 @@ impl Volume {
         }
         self.cache_changed.notify();
         let mut freed = 0;
+        let spare: u64 = self.with_file(ino, |file| file.take_spare(range)).iter().map(|part| part.len()).sum();
         for (slot, hull) in hulls(layout, range) {
             match self.call(slot, Request::Free { ino, range: hull }).await? {
                 Reply::Freed(pages) if pages <= hull.len().min(u64::MAX / PAGE_SIZE) => freed += pages,
@@ -752,7 +895,8 @@ impl Volume {
             }
         }
         self.with_file(ino, |file| file.forget_layout(range));
-        Ok(freed)
+        // What was spare never counted.
+        Ok(freed.saturating_sub(spare))
     }
 
     /// fallocate(2): allocate, punch a hole, zero a range, with or without keeping the size.
@@ -851,27 +995,31 @@ impl Volume {
         let mut extents = Vec::new();
         for (slot, hull) in hulls(&layout, range) {
             let (found, _) = self.request_extents(slot, Request::Layout { ino, range: hull }).await?;
-            extents.extend(found.into_iter().filter(|extent| extent.committed || self.any_cached(ino, extent)));
+            for extent in found {
+                if extent.committed {
+                    extents.push((extent.page, extent.pages));
+                    continue;
+                }
+                // Not committed: data where this node has written, spare elsewhere.
+                let pages = self.cache.borrow().pages_in(ino, Range::new(extent.page, extent.page + extent.pages));
+                extents.extend(pages.into_iter().map(|page| (page, 1)));
+            }
         }
-        extents.sort_unstable_by_key(|extent| extent.page);
+        extents.sort_unstable();
         let mut position = range.lo;
-        for extent in extents {
-            if extent.page > position {
+        for (page, pages) in extents {
+            if page > position {
                 if hole {
                     break;
                 }
-                position = extent.page;
+                position = page;
             }
-            if !hole && position < extent.page + extent.pages {
+            if !hole && position < page + pages {
                 return Ok((position * PAGE_SIZE).max(offset));
             }
-            position = position.max(extent.page + extent.pages);
+            position = position.max(page + pages);
         }
         if hole { Ok((position * PAGE_SIZE).clamp(offset, size)) } else { Err(Errno::ENXIO) }
-    }
-
-    fn any_cached(&self, ino: Ino, extent: &Extent) -> bool {
-        !self.cache.borrow().pages_in(ino, Range::new(extent.page, extent.page + extent.pages)).is_empty()
     }
 
     /// copy_file_range(2), piece by piece; returns what was copied.

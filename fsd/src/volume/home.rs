@@ -228,20 +228,31 @@ impl Volume {
         caller: Caller,
         kind: Operation,
     ) -> Result<Reply> {
-        let home = match &kind {
+        let (first, second) = match &kind {
             Operation::Create { parent, .. }
             | Operation::MakeDirectory { parent, .. }
             | Operation::Unlink { parent, .. }
             | Operation::RemoveDirectory { parent, .. }
-            | Operation::Link { parent, .. }
-            | Operation::Rename { parent, .. } => parent.home(),
+            | Operation::Link { parent, .. } => (*parent, None),
+            Operation::Rename { parent, new_parent, .. } => (*parent, Some(*new_parent)),
             Operation::Change { ino, .. } | Operation::SetXattr { ino, .. } | Operation::RemoveXattr { ino, .. } => {
-                ino.home()
+                (*ino, None)
             }
         };
-        if home != self.slot() {
+        if first.home() != self.slot() {
             return Err(Errno::EINVAL);
         }
+        let outcome = self.execute(operation, caller, kind).await;
+        if operation.node.slot != self.slot() {
+            // Whoever asked looks at the same attributes next: let it have the lock and not only a glimpse.
+            for ino in [Some(first), second].into_iter().flatten() {
+                self.give_up(Resource::attr(ino), Range::UNIT);
+            }
+        }
+        outcome
+    }
+
+    async fn execute(self: &Rc<Self>, operation: OperationId, caller: Caller, kind: Operation) -> Result<Reply> {
         match kind {
             Operation::Create { parent, name, new, exclusive, opening } => {
                 self.operate_create(operation, caller, parent, name, new, exclusive, opening).await

@@ -170,6 +170,13 @@ impl Volume {
         self.client_effects.borrow_mut().extend(effects);
     }
 
+    /// Gives up what of a cached lock nobody pins.
+    pub(crate) fn give_up(&self, resource: Resource, range: Range) {
+        let mut effects = Vec::new();
+        self.lock_client.borrow_mut().give_up_within(resource, range, usize::MAX, &mut effects);
+        self.client_effects.borrow_mut().extend(effects);
+    }
+
     /// Carries out one effect or message; `false` when there is none.
     pub(crate) fn pump(self: &Rc<Self>) -> bool {
         let effect = self.client_effects.borrow_mut().pop_front();
@@ -192,7 +199,7 @@ impl Volume {
 
     /// Sends a lock message with what belongs to it.
     fn send_lock(self: &Rc<Self>, to: Slot, message: LockMessage) {
-        let mut envelope = Envelope { message, attributes: None, home_time: None, report: None };
+        let mut envelope = Envelope { message, attributes: None, home_time: None, report: None, entries: None };
         match &envelope.message {
             LockMessage::Release { resource, .. } | LockMessage::Glimpsed { resource, .. }
                 if resource.class == Class::Attr =>
@@ -204,15 +211,20 @@ impl Volume {
                 envelope.home_time = Some(self.clock());
             }
             LockMessage::Observed { request } => {
-                let ino = self.hand_observed(request);
-                envelope.attributes = ino.and_then(|ino| self.stored_attributes(ino).ok().flatten()).map(Box::new);
+                let asked = self.asked.borrow_mut().remove(request);
+                envelope.attributes =
+                    asked.and_then(|(resource, _)| self.stored_attributes(resource.ino).ok().flatten()).map(Box::new);
                 envelope.home_time = Some(self.clock());
             }
             _ => {}
         }
         match &envelope.message {
             LockMessage::Grant { request, resource, .. } => {
-                self.hand_observed(request);
+                if let Some((_, asked)) = self.asked.borrow_mut().remove(request)
+                    && resource.class == Class::Name
+                {
+                    envelope.entries = self.entries_of(resource.ino, asked.lo);
+                }
                 self.metrics.lock_grants[metric_class(resource.class)].increment();
             }
             LockMessage::Lock { resource, .. } => self.metrics.lock_requests[metric_class(resource.class)].increment(),
@@ -223,7 +235,7 @@ impl Volume {
                 self.metrics.lock_releases[metric_class(resource.class)].increment()
             }
             LockMessage::Deny { request, .. } => {
-                self.hand_observed(request);
+                self.asked.borrow_mut().remove(request);
                 self.metrics.lock_denials[metric_class(Class::Data)].increment()
             }
             LockMessage::Glimpse { .. } => self.metrics.lock_glimpses.increment(),
@@ -260,9 +272,14 @@ impl Volume {
                     self.send_lock(from.slot, LockMessage::Deny { request: *request, errno: libc::EINVAL });
                     return;
                 }
-                if flags.one_shot {
-                    self.note_request(*request, *resource);
+                // A node of its own needs no telling what its store holds.
+                let named = resource.class == Class::Name && need.len() == 1 && from.slot != self.slot();
+                if named || (flags.one_shot && resource.class == Class::Attr) {
+                    self.asked.borrow_mut().insert(*request, (*resource, *need));
                 }
+            }
+            if let LockMessage::Cancel { request, .. } = &envelope.message {
+                self.asked.borrow_mut().remove(request);
             }
             // What the holder changed goes into the store before anything the server now grants goes out.
             let report = match &envelope.message {
@@ -279,8 +296,14 @@ impl Volume {
                 LockMessage::Lock { resource, .. } if resource.class == Class::Open => Some(resource.ino),
                 _ => None,
             };
+            let given_up: &[Ino] = match &envelope.message {
+                LockMessage::Release { resource, .. } if resource.class == Class::Data => &[resource.ino],
+                _ => &[],
+            };
             let mut effects = Vec::new();
-            let outcome = self.lock_server.borrow_mut().handle(from, envelope.message, now, &mut effects);
+            let outcome = self.freeing_uncommitted(from.slot, false, given_up, || {
+                self.lock_server.borrow_mut().handle(from, envelope.message, now, &mut effects)
+            });
             if let Err(violation) = outcome {
                 self.refuse(from.slot, violation.0);
                 return;
@@ -300,7 +323,7 @@ impl Volume {
             }
             return;
         }
-        let Envelope { message, attributes, home_time, .. } = envelope;
+        let Envelope { message, attributes, home_time, entries, .. } = envelope;
         let about = match &message {
             LockMessage::Grant { resource, .. } => Some(*resource),
             _ => None,
@@ -340,6 +363,11 @@ impl Volume {
                     Some(attributes) if !self.is_usable(&attributes.layout) => {}
                     Some(attributes) => file.layout = Some(Rc::new(attributes.layout.clone())),
                     None => file.gone = true,
+                }
+            }
+            Some(Resource { class: Class::Name, ino, .. }) => {
+                if let Some(entries) = entries {
+                    self.adopt_entries(from.slot, ino, entries);
                 }
             }
             _ => {}

@@ -41,7 +41,7 @@ use std::collections::{HashMap, VecDeque};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
-use verbfs_lock::{ClientEffect, LockClient, LockServer, ServerEffect};
+use verbfs_lock::{ClientEffect, LockClient, LockServer, PinKind, ServerEffect};
 use verbfs_protocol::*;
 
 /// What the volume needs of the fabric; one call never blocks.
@@ -223,7 +223,8 @@ pub struct Volume {
     pub(crate) waiting_pins: RefCell<HashMap<u64, locks::WaitingPin>>,
     pub(crate) hand_overs: RefCell<locks::HandOvers>,
     pub(crate) glimpse_answers: RefCell<HashMap<u64, Option<Box<Attributes>>>>,
-    pub(crate) one_shots: RefCell<HashMap<RequestId, Ino>>,
+    /// What waiting requests are about whose answer brings attributes or entries.
+    pub(crate) asked: RefCell<HashMap<RequestId, (Resource, Range)>>,
     pub(crate) next_number: Cell<u64>,
 
     pub(crate) store: RefCell<verbfs_namespace::Store>,
@@ -296,7 +297,7 @@ impl Volume {
             waiting_pins: RefCell::default(),
             hand_overs: RefCell::default(),
             glimpse_answers: RefCell::default(),
-            one_shots: RefCell::default(),
+            asked: RefCell::default(),
             next_number: Cell::new(1),
             store: RefCell::new(foundations.store),
             extents: RefCell::new(foundations.extents),
@@ -369,7 +370,33 @@ impl Volume {
     /// # Errors
     /// ESTALE when the inode is gone.
     pub async fn open(self: &Rc<Self>, ino: Ino, flags: i32) -> Result<u64> {
-        let pin = self.pin(Resource::open(ino), Range::UNIT, Range::UNIT, verbfs_lock::PinKind::Shared).await?;
+        let pin = self.pin(Resource::open(ino), Range::UNIT, Range::UNIT, PinKind::Shared).await?;
+        self.opened(ino, flags, pin).await
+    }
+
+    /// Opens what this node has just made. The attributes' lock is asked for in the same breath: they are looked at next.
+    ///
+    /// # Errors
+    /// As for [`Volume::open`].
+    pub async fn open_new(self: &Rc<Self>, ino: Ino, flags: i32) -> Result<u64> {
+        let kind = if is_writable(flags) { PinKind::Extend } else { PinKind::Shared };
+        let ask = |resource: Resource,
+                   kind: PinKind,
+                   keep: bool|
+         -> std::pin::Pin<Box<dyn Future<Output = Option<Result<Pin>>>>> {
+            let volume = self.clone();
+            Box::pin(async move {
+                let outcome = volume.pin(resource, Range::UNIT, Range::UNIT, kind).await;
+                // A pin on ATTR must not outlast a wait for OPEN, which comes before it in locking order.
+                keep.then_some(outcome)
+            })
+        };
+        let asked = vec![ask(Resource::open(ino), PinKind::Shared, true), ask(Resource::attr(ino), kind, false)];
+        let pin = crate::executor::join_all(asked).await.into_iter().flatten().next().unwrap_or(Err(Errno::EIO))?;
+        self.opened(ino, flags, pin).await
+    }
+
+    async fn opened(self: &Rc<Self>, ino: Ino, flags: i32, pin: Pin) -> Result<u64> {
         if !self.attributes_exist(ino).await? {
             return Err(Errno::ESTALE);
         }
@@ -398,6 +425,13 @@ impl Volume {
                 && let Some(state) = self.files.borrow_mut().get_mut(&file.ino)
             {
                 state.writers = state.writers.saturating_sub(1);
+                if state.writers == 0 && !state.spare.is_empty() {
+                    let (volume, ino) = (self.clone(), file.ino);
+                    self.spawn(async move {
+                        volume.give_back_spare(Some(ino), None).await;
+                        volume.prune_file(ino);
+                    });
+                }
             }
             self.prune_file(file.ino);
         }

@@ -3,48 +3,61 @@
 use super::*;
 use std::collections::BTreeMap;
 use verbfs_lock::PinKind;
-use verbfs_namespace::name_hash;
+use verbfs_namespace::{COLLISIONS_MAX, name_hash};
 
-/// Cached entries of all directories at most; about 100 bytes each.
-const CACHED_ENTRIES_MAX: usize = 200_000;
+/// Cached hashes of names of all directories at most; about 150 bytes each.
+const CACHED_HASHES_MAX: usize = 200_000;
 /// A look-up whose inode goes away between entry and attributes is tried so often again.
 const LOOKUP_ATTEMPTS: usize = 16;
 
-type DirectoryEntries = BTreeMap<(u64, Vec<u8>), Option<(Ino, FileKind)>>;
+/// What is known of the names of one hash: nearly always one.
+#[derive(Default)]
+struct Known {
+    entries: Vec<(Vec<u8>, Option<(Ino, FileKind)>)>,
+    /// A name that is not listed does not exist.
+    complete: bool,
+}
 
 /// Entries of directories of other homes, present or absent, each under a NAME lock.
 #[derive(Default)]
 pub(crate) struct NameCache {
-    directories: HashMap<Ino, DirectoryEntries>,
-    entries: usize,
+    directories: HashMap<Ino, BTreeMap<u64, Known>>,
+    hashes: usize,
 }
 
 impl NameCache {
     fn get(&self, directory: Ino, hash: u64, name: &[u8]) -> Option<Option<(Ino, FileKind)>> {
-        self.directories.get(&directory)?.get(&(hash, name.to_vec())).copied()
+        let known = self.directories.get(&directory)?.get(&hash)?;
+        match known.entries.iter().find(|(other, _)| other == name) {
+            Some((_, entry)) => Some(*entry),
+            None => known.complete.then_some(None),
+        }
+    }
+
+    fn of_hash(&mut self, directory: Ino, hash: u64) -> &mut Known {
+        if self.hashes >= CACHED_HASHES_MAX {
+            // Entries may be forgotten at any time; the lock stays.
+            self.directories.clear();
+            self.hashes = 0;
+        }
+        self.directories.entry(directory).or_default().entry(hash).or_insert_with(|| {
+            self.hashes += 1;
+            Known::default()
+        })
     }
 
     fn put(&mut self, directory: Ino, hash: u64, name: &[u8], entry: Option<(Ino, FileKind)>) {
-        if self.entries >= CACHED_ENTRIES_MAX {
-            // Entries may be forgotten at any time; the lock stays.
-            self.directories.clear();
-            self.entries = 0;
-        }
-        if self.directories.entry(directory).or_default().insert((hash, name.to_vec()), entry).is_none() {
-            self.entries += 1;
-        }
+        let known = self.of_hash(directory, hash);
+        known.entries.retain(|(other, _)| other != name);
+        known.entries.push((name.to_vec(), entry));
     }
 
     pub fn drop_range(&mut self, directory: Ino, range: Range) {
         let Some(entries) = self.directories.get_mut(&directory) else { return };
-        let gone: Vec<(u64, Vec<u8>)> = entries
-            .range((range.lo, Vec::new())..)
-            .take_while(|((hash, _), _)| *hash < range.hi)
-            .map(|(key, _)| key.clone())
-            .collect();
-        for key in gone {
-            entries.remove(&key);
-            self.entries -= 1;
+        let gone: Vec<u64> = entries.range(range.lo..range.hi).map(|(hash, _)| *hash).collect();
+        for hash in gone {
+            entries.remove(&hash);
+            self.hashes -= 1;
         }
         if entries.is_empty() {
             self.directories.remove(&directory);
@@ -92,6 +105,40 @@ impl Volume {
         }
     }
 
+    /// All entries of one hash, to travel with the lock on it. `None`: whoever asked asks again by name.
+    pub(crate) fn entries_of(&self, directory: Ino, hash: u64) -> Option<HashEntries> {
+        let after = hash.checked_sub(1)?;
+        let found = self.store.borrow().read(|txn| txn.scan(directory, after, HASH_ENTRIES_MAX + 1)).ok()?;
+        let listed: Vec<Listed> = found
+            .into_iter()
+            .take_while(|entry| entry.cursor - hash < COLLISIONS_MAX)
+            .map(|entry| Listed {
+                name: entry.name,
+                ino: entry.entry.ino,
+                kind: entry.entry.kind,
+                cursor: entry.cursor,
+            })
+            .collect();
+        (listed.len() <= HASH_ENTRIES_MAX).then_some(HashEntries { hash, entries: listed })
+    }
+
+    /// GRANT of NAME brought these: all entries of one hash.
+    pub(crate) fn adopt_entries(&self, from: Slot, directory: Ino, named: HashEntries) {
+        let HashEntries { hash, entries } = named;
+        let range = Range::new(hash, hash.saturating_add(1));
+        if entries.iter().any(|entry| check_name(&entry.name).is_err() || name_hash(&entry.name) != hash) {
+            self.refuse(from, "entries of another hash than was granted");
+            return;
+        }
+        if self.lock_client.borrow().held(Resource::name(directory), range).is_none() {
+            return;
+        }
+        let mut names = self.names.borrow_mut();
+        let known = names.of_hash(directory, hash);
+        known.entries = entries.iter().map(|entry| (entry.name.clone(), Some((entry.ino, entry.kind)))).collect();
+        known.complete = true;
+    }
+
     /// Attributes of what `name` names in a directory.
     ///
     /// # Errors
@@ -113,8 +160,52 @@ impl Volume {
     }
 
     async fn operation(self: &Rc<Self>, home: Slot, caller: Caller, kind: Operation) -> Result<Reply> {
+        self.yield_locks(home, &kind);
         let operation = OperationId { node: self.options.me, sequence: self.number() };
         self.call(home, Request::Operation { operation, acked_below: 0, caller, kind }).await
+    }
+
+    /// What a home is about to take for an operation it need not ask this node for: that would be a round trip each.
+    fn yield_locks(&self, home: Slot, kind: &Operation) {
+        if home == self.slot() {
+            return;
+        }
+        let mut yielded: Vec<(Resource, Range)> = Vec::new();
+        let mut entry = |directory: &Ino, name: &[u8], goes: bool| {
+            let known = self.names.borrow().get(*directory, name_hash(name), name).flatten();
+            yielded.push((Resource::name(*directory), name_range(name)));
+            yielded.push((Resource::attr(*directory), Range::UNIT));
+            if let Some((ino, _)) = known {
+                yielded.push((Resource::attr(ino), Range::UNIT));
+                if goes {
+                    yielded.push((Resource::open(ino), Range::UNIT));
+                }
+            }
+        };
+        match kind {
+            Operation::Create { parent, name, .. } | Operation::MakeDirectory { parent, name, .. } => {
+                entry(parent, name, false)
+            }
+            Operation::Unlink { parent, name } | Operation::RemoveDirectory { parent, name } => {
+                entry(parent, name, true)
+            }
+            Operation::Link { ino, parent, name } => {
+                entry(parent, name, false);
+                yielded.push((Resource::attr(*ino), Range::UNIT));
+            }
+            Operation::Rename { parent, name, new_parent, new_name, .. } => {
+                entry(parent, name, false);
+                entry(new_parent, new_name, true);
+            }
+            Operation::Change { ino, .. } | Operation::SetXattr { ino, .. } | Operation::RemoveXattr { ino, .. } => {
+                yielded.push((Resource::attr(*ino), Range::UNIT));
+            }
+        }
+        for (resource, range) in yielded {
+            if resource.server != self.slot() {
+                self.give_up(resource, range);
+            }
+        }
     }
 
     /// Makes something that is not a directory. `Ok((attributes, created))`. With `opening`, [`Volume::open`] must follow: until

@@ -61,6 +61,7 @@ impl Volume {
             return;
         }
         let lane = message.lane();
+        tracing::trace!(to, ?message, "sends");
         let source = header::Source {
             slot: self.slot(),
             node_incarnation: self.options.me.incarnation,
@@ -196,7 +197,10 @@ impl Volume {
             drop(call);
         }
         let mut server_effects = Vec::new();
-        self.lock_server.borrow_mut().node_gone(slot, self.ticks(), &mut server_effects);
+        let uncommitted: Vec<Ino> = self.extents.borrow().uncommitted_inodes().collect();
+        self.freeing_uncommitted(slot, true, &uncommitted, || {
+            self.lock_server.borrow_mut().node_gone(slot, self.ticks(), &mut server_effects);
+        });
         self.server_effects.borrow_mut().extend(server_effects);
         let mut client_effects = Vec::new();
         self.lock_client.borrow_mut().server_lost(slot, &mut client_effects);

@@ -1,7 +1,9 @@
 //! What this node answers as the place where records and pages are stored.
 
 use super::*;
+use crate::ranges::RangeSet;
 use verbfs_arena::Claim;
+use verbfs_lock::HolderView;
 
 /// Pages that one ALLOCATE may name at most.
 const ALLOCATE_MAX: u64 = crate::volume::data::PIECE_MAX / PAGE_SIZE * 64;
@@ -97,7 +99,20 @@ impl Volume {
                 }
                 Ok(Reply::Extents { key: self.arena_key, extents, allocated: 0 })
             }
-            Request::Allocate { ino, range, zero } => self.allocate(from, ino, range, zero),
+            Request::Allocate { ino, range, ahead, zero } => match self.allocate(from, ino, range, ahead, zero) {
+                Err(Errno::ENOSPC) if self.reclaim_spare().await => self.allocate(from, ino, range, range, zero),
+                outcome => outcome,
+            }
+            .inspect_err(|error| {
+                if *error == Errno::ENOSPC {
+                    self.metrics.arena_full.increment();
+                }
+            }),
+            Request::GiveBack { ino, ranges } => self.take_back(from, ino, &ranges),
+            Request::ReturnSpare => {
+                self.give_back_spare(None, Some(from.slot)).await;
+                Ok(Reply::Done)
+            }
             Request::Commit { ino, ranges } => {
                 if ranges.len() > RUNS_MAX {
                     return Err(Errno::EINVAL);
@@ -163,33 +178,48 @@ impl Volume {
         self.server_effects.borrow_mut().extend(effects);
     }
 
-    fn allocate(&self, from: Node, ino: Ino, range: Range, zero: bool) -> Result<Reply> {
-        // One request covers at most one chunk; what is asked beyond any file, or without a lock, is a peer's error.
-        let mut held = crate::ranges::RangeSet::default();
+    /// What is held X of the data this server keeps of a file, by the holders that count.
+    fn held_exclusively(&self, ino: Ino, counts: impl Fn(&HolderView) -> bool) -> RangeSet {
+        let mut held = RangeSet::default();
         for view in self.lock_server.borrow().holders(Resource::data(ino, self.slot())) {
-            if view.slot == from.slot && view.mode == Mode::X {
+            if view.mode == Mode::X && counts(&view) {
                 held.insert(view.range);
             }
         }
-        if !held.contains(range) {
+        held
+    }
+
+    fn allocate(&self, from: Node, ino: Ino, range: Range, ahead: Range, zero: bool) -> Result<Reply> {
+        // One request covers at most one chunk; what is asked beyond any file, or without a lock, is a peer's error.
+        let held = self.held_exclusively(ino, |view| view.slot == from.slot);
+        if !held.contains(range)
+            || range.is_empty()
+            || range.len() > ALLOCATE_MAX
+            || range.hi > u64::MAX / PAGE_SIZE
+            || !ahead.contains(range)
+            || (zero && ahead != range)
+        {
             return Err(Errno::EINVAL);
         }
-        if range.is_empty() || range.len() > ALLOCATE_MAX || range.hi > u64::MAX / PAGE_SIZE {
-            return Err(Errno::EINVAL);
-        }
+        // Ahead only within a lock that was not given up meanwhile, and while there is plenty.
+        const PLENTY: u64 = 8;
+        let pages = self.extents.borrow().pages();
+        let plenty = pages.available().saturating_sub(ahead.len()) >= pages.total / PLENTY;
+        let ahead = if held.contains(ahead) && ahead.len() <= ALLOCATE_MAX { ahead } else { range };
+        let asked = if plenty { ahead } else { range };
         let before =
             self.store.borrow().read(|txn| self.extents.borrow().lookup(txn, ino, range)).map_err(arena_error)?;
         let had: u64 = before.iter().map(|extent| extent.pages).sum();
-        let allocated =
-            self.store.borrow().read(|txn| self.extents.borrow_mut().allocate(txn, ino, range, Claim::Free));
-        let mut extents = allocated.map_err(|error| {
-            let errno = arena_error(error);
-            if errno == Errno::ENOSPC {
-                self.metrics.arena_full.increment();
-            }
-            errno
-        })?;
-        let new = extents.iter().map(|extent| extent.pages).sum::<u64>() - had;
+        let mut extents = self
+            .store
+            .borrow()
+            .read(|txn| {
+                let mut table = self.extents.borrow_mut();
+                table.allocate(txn, ino, asked, Claim::Free)?;
+                table.lookup(txn, ino, if zero { range } else { ahead })
+            })
+            .map_err(arena_error)?;
+        let new = range.len() - had;
         if zero {
             // What was allocated and not committed before belongs to a page somebody has dirty: left to its commit.
             let mut fresh = Vec::new();
@@ -212,6 +242,64 @@ impl Volume {
                 self.store.borrow().read(|txn| self.extents.borrow().lookup(txn, ino, range)).map_err(arena_error)?;
         }
         Ok(Reply::Extents { key: self.arena_key, extents, allocated: new })
+    }
+
+    /// Frees pages that a node had allocated ahead and has not used. Who holds X no more had them freed with its lock.
+    fn take_back(&self, from: Node, ino: Ino, ranges: &[Range]) -> Result<Reply> {
+        if ranges.len() > RUNS_MAX {
+            return Err(Errno::EINVAL);
+        }
+        // While a hand-over is under way they may be its successor's already.
+        let held = self.held_exclusively(ino, |view| view.slot == from.slot && !view.handing);
+        for range in ranges.iter().filter(|range| !range.is_empty() && held.contains(**range)) {
+            self.extents.borrow_mut().release_uncommitted(ino, *range).map_err(arena_error)?;
+        }
+        Ok(Reply::Done)
+    }
+
+    /// Has every node give back what it has allocated here ahead; whether there was any to ask for.
+    async fn reclaim_spare(self: &Rc<Self>) -> bool {
+        let mut holders: Vec<Slot> = {
+            let extents = self.extents.borrow();
+            let server = self.lock_server.borrow();
+            let holders = extents.uncommitted_inodes().flat_map(|ino| server.exclusive_holders(ino));
+            holders.map(|(slot, ..)| slot).collect()
+        };
+        holders.sort_unstable();
+        holders.dedup();
+        let any = !holders.is_empty();
+        let calls = holders.into_iter().map(|slot| -> std::pin::Pin<Box<dyn Future<Output = Result<Reply>>>> {
+            let volume = self.clone();
+            Box::pin(async move { volume.call(slot, Request::ReturnSpare).await })
+        });
+        // Who cannot be reached keeps what it has.
+        crate::executor::join_all(calls.collect()).await;
+        any
+    }
+
+    /// Has the lock server handle what makes a node give up locks on data (`release`), then frees what the node had allocated
+    /// there and not committed. A RELEASE says that what was dirty is committed; a node that is `gone` may have handed its
+    /// pages over, so what anybody holds X on afterwards stays.
+    pub(crate) fn freeing_uncommitted<T>(
+        &self,
+        node: Slot,
+        gone: bool,
+        inos: &[Ino],
+        release: impl FnOnce() -> T,
+    ) -> T {
+        let inos: Vec<Ino> = inos.iter().copied().filter(|ino| self.extents.borrow().has_uncommitted(*ino)).collect();
+        let before: Vec<RangeSet> =
+            inos.iter().map(|ino| self.held_exclusively(*ino, |view| view.slot == node)).collect();
+        let outcome = release();
+        for (ino, before) in inos.into_iter().zip(before) {
+            let after = self.held_exclusively(ino, |view| gone || view.slot == node);
+            for given_up in before.iter().flat_map(|range| after.missing(range)) {
+                if let Err(error) = self.extents.borrow_mut().release_uncommitted(ino, given_up) {
+                    tracing::error!(%ino, %error, "pages of a lock that was given up could not be freed");
+                }
+            }
+        }
+        outcome
     }
 
     pub(crate) fn free(&self, ino: Ino, range: Range) -> Result<u64> {

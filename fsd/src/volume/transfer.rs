@@ -404,7 +404,10 @@ impl Volume {
                 range,
                 key: self.cache_key,
                 pages: Vec::with_capacity(pages.len()),
+                spare: self.files.borrow_mut().get_mut(&ino).map_or_else(Vec::new, |file| file.take_spare(range)),
             };
+            // Of those that are not named the successor learns when it asks for the layout.
+            message.spare.truncate(RUNS_MAX);
             {
                 let mut cache = self.cache.borrow_mut();
                 for page in &pages {
@@ -448,6 +451,9 @@ impl Volume {
             }
         }
         // 5. What the new mode does not allow goes.
+        if let Some(file) = self.files.borrow_mut().get_mut(&ino) {
+            file.forget_uncommitted(range);
+        }
         if keep.is_none() {
             self.cap_size_floor(ino, range.lo);
             if !self.mutated("keep_pages_after_revoke") {
@@ -462,6 +468,8 @@ impl Volume {
         let ino = resource.ino;
         let mut files = self.files.borrow_mut();
         let Some(file) = files.get_mut(&ino) else { return };
+        // Also where nothing is known: an answer may be on its way.
+        file.layout_forgotten += 1;
         let parts: Vec<Range> = match &file.layout {
             Some(layout) if layout.slots.len() > 1 => {
                 let mut parts: Vec<Range> = Vec::new();
@@ -566,6 +574,9 @@ impl Volume {
         let wanted = self.finish(waiting).await.is_ok() && complete;
         // Storage became current meanwhile: these bytes may be older.
         let ok = wanted && self.hand_overs.borrow().fetching.contains_key(&message.new_grant);
+        if ok && let Some(file) = self.files.borrow_mut().get_mut(&ino) {
+            message.spare.iter().for_each(|spare| file.spare.insert(spare.intersect(message.range)));
+        }
         let mut cache = self.cache.borrow_mut();
         for (page, dirty) in reserved {
             if ok {

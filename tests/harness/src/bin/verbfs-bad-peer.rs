@@ -413,7 +413,7 @@ impl Peer {
         let home_time =
             self.rng.percent(80).then(|| Time { seconds: self.number() as i64, nanoseconds: self.number() as u32 });
         let report = self.rng.percent(20).then(|| self.typed());
-        Message::Lock(Envelope { message, attributes, home_time, report })
+        Message::Lock(Envelope { message, attributes, home_time, report, entries: None })
     }
 
     fn answer(&mut self, from: u16, message: Message) {
@@ -451,7 +451,15 @@ impl Peer {
                     let key = self.rng.below(40) as u32;
                     self.send(
                         from,
-                        &Message::HandOver(HandOver { resource, new_grant: grant, old_grant, range, key, pages }),
+                        &Message::HandOver(HandOver {
+                            resource,
+                            new_grant: grant,
+                            old_grant,
+                            range,
+                            key,
+                            pages,
+                            spare: vec![range],
+                        }),
                     );
                 }
                 if self.rng.percent(30) {
@@ -535,7 +543,10 @@ impl Peer {
             upgrade: None,
             after_releases: 0,
         };
-        self.send(target, &Message::Lock(Envelope { message, attributes: None, home_time: None, report: None }));
+        self.send(
+            target,
+            &Message::Lock(Envelope { message, attributes: None, home_time: None, report: None, entries: None }),
+        );
     }
 
     /// One-sided writes where they do not belong.
