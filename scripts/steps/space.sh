@@ -146,6 +146,47 @@ holes_and_cuts() {
     within 10 space_is_back "$before" 64
 }
 
+# What a growing file has allocated ahead is not counted as its own, and goes back when it is closed.
+allocated_ahead() {
+    local file=d1/grows before n mount
+    before=$(available 0)
+    exec 7>> "$DIR/mnt/0/$file" 8>> "$DIR/mnt/1/$file"
+    for n in {1..60}; do
+        head -c 5000 /dev/zero >&7
+        head -c 5000 /dev/zero >&8
+        for mount in 0 1 2; do
+            same "st_blocks through $mount after $n" $(((n * 10000 + 4095) / 4096 * 8)) "$(stat -c %b "$DIR/mnt/$mount/$file")"
+        done
+    done
+    truncate -s 300000 "$DIR/mnt/2/$file"
+    same 'st_blocks when cut' $((74 * 8)) "$(stat -c %b "$DIR/mnt/2/$file")"
+    head -c 5000 /dev/zero >&7
+    same 'st_blocks when it grows again' $((75 * 8)) "$(stat -c %b "$DIR/mnt/1/$file")"
+    exec 7>&- 8>&-
+    within 5 space_is_back $((before - 75 * 4)) 0
+    rm "$DIR/mnt/2/$file"
+    within 5 space_is_back "$before" 0
+}
+# And it goes back when somebody else needs the space: many open files keep nobody from filling the rest.
+spare_is_returned() {
+    fill() { LC_ALL=C dd if=/dev/zero of="$DIR/mnt/0/d0/fill" bs=64k 2> /dev/null || stat -c %s "$DIR/mnt/0/d0/fill"; }
+    local alone beside n descriptors=()
+    alone=$(fill)
+    rm "$DIR/mnt/0/d0/fill"
+    for n in {1..60}; do
+        exec {descriptor}>> "$DIR/mnt/$((n % 3))/d0/holder$n"
+        descriptors+=("$descriptor")
+        head -c 200000 /dev/zero >&"$descriptor"
+        head -c 4096 /dev/zero >&"$descriptor"
+    done
+    beside=$(fill)
+    echo "alone $alone, beside the others $beside"
+    # The file is spread over three arenas, and ends where the first is full: that of the others.
+    [ "$beside" -ge $((alone - 60 * 208000 * 3 - 3 * 1048576)) ]
+    for descriptor in "${descriptors[@]}"; do exec {descriptor}>&-; done
+    rm "$DIR"/mnt/0/d0/fill "$DIR"/mnt/0/d0/holder*
+}
+
 # Written and removed again and again, many times what fits: whatever leaks would fill it.
 create_and_delete() {
     local before inodes round mount
@@ -197,6 +238,8 @@ start_cluster
 check make_directories 20 make_directories
 check inodes_count 30 inodes_count
 check holes_and_cuts 60 holes_and_cuts
+check allocated_ahead 60 allocated_ahead
+check spare_is_returned 120 spare_is_returned
 check removed_while_open 30 removed_while_open
 check create_and_delete 120 create_and_delete
 check overwrite_and_replace 120 overwrite_and_replace

@@ -13,7 +13,7 @@ use std::time::Duration;
 
 checks! {
     write_updates_times_everywhere, utimens_exact_everywhere, utimens_omit_and_now, write_after_future_mtime_lowers_it,
-    times_beyond_2038, chmod_seen_everywhere, chmod_changes_ctime_only, chown_seen_everywhere, chown_clears_suid,
+    times_beyond_2038, times_at_the_ends_of_time, chmod_seen_everywhere, chmod_changes_ctime_only, chown_seen_everywhere, chown_clears_suid,
     write_clears_suid_and_sgid, truncate_clears_suid, size_seen_at_once, inode_number_same_everywhere,
     link_count_seen_everywhere, directory_link_count, directory_times_follow_names, link_and_rename_change_ctime,
     blocks_after_fsync, statx_basic_fields, truncate_to_same_size_keeps_data, permission_denied_for_others,
@@ -105,6 +105,23 @@ fn times_beyond_2038(c: &Context) -> Result<()> {
     let far = 4_000_000_000;
     fs::utimensat(CWD, c.a("f"), &stamps((far, 1), (far, 2)), AtFlags::empty())?;
     same!(mtime(&c.b("f"))?, (far, 2), "a time in 2096");
+    Ok(())
+}
+
+/// No time that a caller can name may stop a daemon; what cannot be kept is cut to what can.
+fn times_at_the_ends_of_time(c: &Context) -> Result<()> {
+    File::create(c.a("f"))?;
+    for (seconds, nanoseconds) in [(-2, 500_000_000), (-1, 1), (i64::from(i32::MIN), 0)] {
+        fs::utimensat(CWD, c.a("f"), &stamps((seconds, nanoseconds), (seconds, nanoseconds)), AtFlags::empty())?;
+        same!(mtime(&c.b("f"))?, (seconds, nanoseconds), "a time before 1970");
+    }
+    for (seconds, nanoseconds) in [(i64::MIN, 0), (i64::MIN, 1), (i64::MIN, 999_999_999), (i64::MAX, 999_999_999)] {
+        fs::utimensat(CWD, c.a("f"), &stamps((seconds, nanoseconds), (seconds, nanoseconds)), AtFlags::empty())?;
+        for seen in 0..3 {
+            let (kept, _) = mtime(&c.on(seen, "f"))?;
+            ensure!(kept.signum() == seconds.signum(), "{seconds} s became {kept} s through mount {seen}");
+        }
+    }
     Ok(())
 }
 
