@@ -1,6 +1,6 @@
 //! A node: its core, and the threads that work for it.
 //!
-//! Whoever leaves the core has polled the fabric until nothing was left and has armed it, so the core
+//! Whoever leaves the core has polled the fabric until nothing was left and has armed it, or found it armed, so the core
 //! thread can sleep on the fabric's descriptor whoever was the last to leave, and no message waits for a tick.
 
 use crate::volume::{KernelCache, Volume};
@@ -65,6 +65,10 @@ impl NodeHandle {
         loop {
             volume.executor.fire_timers(Instant::now());
             volume.run();
+            // Armed since somebody left it so, and nothing has come: polling and arming it again would change nothing.
+            if volume.transport.borrow_mut().as_mut().is_some_and(|transport| transport.is_quiet()) {
+                break;
+            }
             if volume.poll_transport() {
                 continue;
             }

@@ -177,6 +177,10 @@ impl Transport for FabricTransport {
         self.pending.is_empty() && self.endpoint.arm()
     }
 
+    fn is_quiet(&mut self) -> bool {
+        self.pending.is_empty() && self.endpoint.is_quiet()
+    }
+
     fn interrupt(&self) {
         self.endpoint.interrupt();
     }

@@ -446,6 +446,13 @@ impl Endpoint {
         true
     }
 
+    /// Whether it is still armed and nothing has come since: who only passes by need not poll and arm it again.
+    pub fn is_quiet(&mut self) -> bool {
+        self.waiting.is_empty()
+            && self.fabric.is_quiet()
+            && !self.linked.iter().any(|slot| self.session(*slot).is_some_and(|session| self.has_work(session)))
+    }
+
     /// Makes `event_fd` readable: wakes the thread that sleeps on it, at the price of a system call.
     pub fn interrupt(&self) {
         self.fabric.interrupt();

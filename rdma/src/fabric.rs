@@ -331,6 +331,11 @@ pub trait Fabric: Send {
     fn interrupt(&self);
     /// Takes the announcement back.
     fn disarm(&mut self);
+    /// Whether the provider is still armed and nothing has happened since: who only passes by need not poll. A provider
+    /// that cannot tell cheaply says false.
+    fn is_quiet(&mut self) -> bool {
+        false
+    }
     /// Times a sleeper was woken by a peer so far: counted where the wake-up is written (`shm`) or where it arrives (`verbs`).
     fn wakeups_written(&self) -> u64;
 }

@@ -30,6 +30,9 @@ use std::collections::{BTreeMap, BTreeSet};
 use verbfs_protocol::lock::{LockFlags, Successor};
 use verbfs_protocol::{Class, GrantId, LockMessage, Mode, Node, Range, RequestId, Resource, Slot};
 
+/// Resources used so lately are not put in order among themselves.
+const RECENT: u64 = 64;
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct PinToken(pub u64);
 
@@ -516,8 +519,12 @@ impl LockClient {
         local.active.push(pin);
     }
 
+    /// Notes that a resource was used. What is among the last [`RECENT`] stays where it is: the order only says what to trim.
     fn touch(&mut self, resource: Resource) {
         let Some(local) = self.locals.get_mut(&resource) else { return };
+        if *local.used != 0 && *self.last_use - *local.used < RECENT {
+            return;
+        }
         *self.last_use += 1;
         if *local.used != 0 {
             self.least_recent.remove(&*local.used);

@@ -1113,3 +1113,45 @@ impl Drop for WritingRange {
 pub(crate) fn clears_set_id(mode: u32) -> bool {
     mode & 0o4000 != 0 || mode & 0o2010 == 0o2010
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn extent(page: u64, pages: u64, committed: bool) -> Extent {
+        Extent { page, arena_page: 1000 + page, pages, committed }
+    }
+
+    #[test]
+    fn what_is_allocated_and_neither_committed_nor_dirty_is_spare() {
+        let mut file = FileState::default();
+        file.learn_new(Range::new(0, 20), &[extent(0, 4, true), extent(4, 10, false)], |page| page == 5);
+        assert_eq!(file.spare.iter().collect::<Vec<_>>(), [Range::new(4, 5), Range::new(6, 14)]);
+        assert_eq!(file.pages_allocated(Range::new(0, 20)), 14);
+        assert!(file.known.contains(Range::new(0, 20)), "the rest is known to be holes");
+        // Taken into use, and asked for again by a write that was under way: it does not become spare a second time.
+        assert_eq!(file.take_spare(Range::new(6, 8)), [Range::new(6, 8)]);
+        file.learn_new(Range::new(0, 20), &[extent(0, 4, true), extent(4, 10, false)], |_| false);
+        assert_eq!(file.spare.iter().collect::<Vec<_>>(), [Range::new(4, 5), Range::new(8, 14)]);
+        // A hole that was allocated since.
+        file.learn_new(Range::new(14, 16), &[extent(14, 2, false)], |_| false);
+        assert!(file.spare.contains(Range::new(8, 16)));
+    }
+
+    #[test]
+    fn a_lock_that_goes_takes_what_was_not_committed_along() {
+        let mut file = FileState::default();
+        file.learn_new(Range::new(0, 20), &[extent(0, 4, true), extent(4, 10, false)], |page| page < 8);
+        file.commit(Range::new(4, 6));
+        file.forget_uncommitted(Range::new(0, 12));
+        assert!(file.extent_of(5).is_some_and(|extent| extent.committed));
+        assert!(file.extent_of(6).is_none() && file.extent_of(11).is_none());
+        assert_eq!(file.spare.iter().collect::<Vec<_>>(), [Range::new(12, 14)]);
+        assert_eq!(file.known.missing(Range::new(0, 20)), [Range::new(6, 12)]);
+        // Freed: nothing of it is spare, and what an answer under way says of it does not count.
+        let forgotten = file.layout_forgotten;
+        file.forget_layout(Range::new(12, 13));
+        assert_eq!(file.spare.iter().collect::<Vec<_>>(), [Range::new(13, 14)]);
+        assert!(file.layout_forgotten > forgotten);
+    }
+}

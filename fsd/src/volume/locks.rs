@@ -146,19 +146,18 @@ impl Volume {
             one_shot: options.one_shot,
             ..PinRequest::new(token, resource, range, kind)
         };
-        let (sender, receiver) = oneshot();
-        self.waiting_pins
-            .borrow_mut()
-            .insert(token.0, WaitingPin { sender, server: resource.server, since: Instant::now() });
         let mut effects = Vec::new();
         let pinned = self.lock_client.borrow_mut().pin(request, self.ticks(), &mut effects);
         self.client_effects.borrow_mut().extend(effects);
         let pin = Pin { volume: self.clone(), token, done: Cell::new(false) };
         if pinned {
             self.metrics.lock_hits[metric_class(resource.class)].increment();
-            self.waiting_pins.borrow_mut().remove(&token.0);
             return (pin, None);
         }
+        // Effects wait for their turn, so no answer has come yet.
+        let (sender, receiver) = oneshot();
+        let waiting = WaitingPin { sender, server: resource.server, since: Instant::now() };
+        self.waiting_pins.borrow_mut().insert(token.0, waiting);
         (pin, Some(receiver))
     }
 
@@ -170,11 +169,12 @@ impl Volume {
         self.client_effects.borrow_mut().extend(effects);
     }
 
-    /// Gives up what of a cached lock nobody pins.
-    pub(crate) fn give_up(&self, resource: Resource, range: Range) {
+    /// Gives up what of a cached lock nobody pins; whether there was any.
+    pub(crate) fn give_up(&self, resource: Resource, range: Range) -> bool {
         let mut effects = Vec::new();
-        self.lock_client.borrow_mut().give_up_within(resource, range, usize::MAX, &mut effects);
+        let given = self.lock_client.borrow_mut().give_up_within(resource, range, usize::MAX, &mut effects);
         self.client_effects.borrow_mut().extend(effects);
+        given > 0
     }
 
     /// Carries out one effect or message; `false` when there is none.

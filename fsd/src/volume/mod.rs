@@ -77,6 +77,8 @@ pub trait Transport {
     fn event_fd(&self) -> std::os::fd::RawFd;
     /// Nobody will poll before `event_fd` is readable. `false`: there is something already.
     fn arm(&mut self) -> bool;
+    /// Whether it is still armed and nothing has come since.
+    fn is_quiet(&mut self) -> bool;
     /// Makes `event_fd` readable: wakes whoever sleeps on it.
     fn interrupt(&self);
     /// Called now and then: connects to peers that are not there, looks after the dead.

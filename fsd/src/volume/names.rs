@@ -160,51 +160,71 @@ impl Volume {
     }
 
     async fn operation(self: &Rc<Self>, home: Slot, caller: Caller, kind: Operation) -> Result<Reply> {
-        self.yield_locks(home, &kind);
+        let wanted = self.yield_locks(home, &kind);
         let operation = OperationId { node: self.options.me, sequence: self.number() };
-        self.call(home, Request::Operation { operation, acked_below: 0, caller, kind }).await
+        let outcome = self.call(home, Request::Operation { operation, acked_below: 0, caller, kind }).await;
+        self.ask_ahead(wanted);
+        outcome
     }
 
-    /// What a home is about to take for an operation it need not ask this node for: that would be a round trip each.
-    fn yield_locks(&self, home: Slot, kind: &Operation) {
+    /// What a home is about to take for an operation it need not ask this node for: that would be a round trip each. Returns
+    /// what of it this node will want again, because the kernel looks at it next.
+    fn yield_locks(self: &Rc<Self>, home: Slot, kind: &Operation) -> Vec<(Resource, Range)> {
         if home == self.slot() {
-            return;
+            return Vec::new();
         }
-        let mut yielded: Vec<(Resource, Range)> = Vec::new();
-        let mut entry = |directory: &Ino, name: &[u8], goes: bool| {
+        // Each with whether it is wanted again.
+        let mut yielded: Vec<(Resource, Range, bool)> = Vec::new();
+        let mut entry = |directory: &Ino, name: &[u8], stays: bool| {
             let known = self.names.borrow().get(*directory, name_hash(name), name).flatten();
-            yielded.push((Resource::name(*directory), name_range(name)));
-            yielded.push((Resource::attr(*directory), Range::UNIT));
+            yielded.push((Resource::name(*directory), name_range(name), stays));
+            yielded.push((Resource::attr(*directory), Range::UNIT, true));
             if let Some((ino, _)) = known {
-                yielded.push((Resource::attr(ino), Range::UNIT));
-                if goes {
-                    yielded.push((Resource::open(ino), Range::UNIT));
+                yielded.push((Resource::attr(ino), Range::UNIT, false));
+                if !stays {
+                    yielded.push((Resource::open(ino), Range::UNIT, false));
                 }
             }
         };
         match kind {
             Operation::Create { parent, name, .. } | Operation::MakeDirectory { parent, name, .. } => {
-                entry(parent, name, false)
-            }
-            Operation::Unlink { parent, name } | Operation::RemoveDirectory { parent, name } => {
                 entry(parent, name, true)
             }
+            Operation::Unlink { parent, name } | Operation::RemoveDirectory { parent, name } => {
+                entry(parent, name, false)
+            }
             Operation::Link { ino, parent, name } => {
-                entry(parent, name, false);
-                yielded.push((Resource::attr(*ino), Range::UNIT));
+                entry(parent, name, true);
+                yielded.push((Resource::attr(*ino), Range::UNIT, true));
             }
             Operation::Rename { parent, name, new_parent, new_name, .. } => {
-                entry(parent, name, false);
-                entry(new_parent, new_name, true);
+                entry(parent, name, true);
+                entry(new_parent, new_name, false);
             }
             Operation::Change { ino, .. } | Operation::SetXattr { ino, .. } | Operation::RemoveXattr { ino, .. } => {
-                yielded.push((Resource::attr(*ino), Range::UNIT));
+                yielded.push((Resource::attr(*ino), Range::UNIT, true));
             }
         }
-        for (resource, range) in yielded {
-            if resource.server != self.slot() {
-                self.give_up(resource, range);
-            }
+        let wanted = yielded
+            .into_iter()
+            .filter(|(resource, range, _)| resource.server != self.slot() && self.give_up(*resource, *range))
+            .filter(|(.., wanted)| *wanted)
+            .map(|(resource, range, _)| (resource, range))
+            .collect();
+        // The releases first, or the home asks for what is on its way.
+        while self.pump() {}
+        wanted
+    }
+
+    /// Asks for locks that will be wanted, without waiting for them.
+    fn ask_ahead(self: &Rc<Self>, wanted: Vec<(Resource, Range)>) {
+        for (resource, range) in wanted {
+            let want = if resource.class == Class::Name { Range::ALL } else { range };
+            let volume = self.clone();
+            self.spawn(async move {
+                // Whoever needs it and does not find it asks again, and hears the error.
+                let _ = volume.pin(resource, range, want, PinKind::Shared).await;
+            });
         }
     }
 

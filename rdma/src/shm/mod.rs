@@ -1001,6 +1001,10 @@ impl Fabric for ShmFabric {
         }
     }
 
+    fn is_quiet(&mut self) -> bool {
+        self.armed && !self.has_pending() && !self.can_resume()
+    }
+
     fn wakeups_written(&self) -> u64 {
         self.wakeups_written
     }
