@@ -495,8 +495,8 @@ impl Volume {
             match (self.call(slot, request.clone()).await, request) {
                 (
                     Ok(Reply::Extents { key, extents, allocated }),
-                    Request::Layout { range, .. } | Request::Allocate { range, .. },
-                ) if plausible::extents(range, &extents) && allocated <= range.len() => {
+                    Request::Layout { range: asked, .. } | Request::Allocate { ahead: asked, .. },
+                ) if plausible::extents(asked, &extents) && allocated <= asked.len() => {
                     self.arena_keys.borrow_mut().insert(slot, key);
                     all.extend(extents);
                     new += allocated;

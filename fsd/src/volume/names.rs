@@ -10,10 +10,13 @@ const CACHED_HASHES_MAX: usize = 200_000;
 /// A look-up whose inode goes away between entry and attributes is tried so often again.
 const LOOKUP_ATTEMPTS: usize = 16;
 
+/// What a name is known to stand for; `None`: nothing.
+type Named = Option<(Ino, FileKind)>;
+
 /// What is known of the names of one hash: nearly always one.
 #[derive(Default)]
 struct Known {
-    entries: Vec<(Vec<u8>, Option<(Ino, FileKind)>)>,
+    entries: Vec<(Vec<u8>, Named)>,
     /// A name that is not listed does not exist.
     complete: bool,
 }
@@ -26,7 +29,7 @@ pub(crate) struct NameCache {
 }
 
 impl NameCache {
-    fn get(&self, directory: Ino, hash: u64, name: &[u8]) -> Option<Option<(Ino, FileKind)>> {
+    fn get(&self, directory: Ino, hash: u64, name: &[u8]) -> Option<Named> {
         let known = self.directories.get(&directory)?.get(&hash)?;
         match known.entries.iter().find(|(other, _)| other == name) {
             Some((_, entry)) => Some(*entry),
@@ -46,7 +49,7 @@ impl NameCache {
         })
     }
 
-    fn put(&mut self, directory: Ino, hash: u64, name: &[u8], entry: Option<(Ino, FileKind)>) {
+    fn put(&mut self, directory: Ino, hash: u64, name: &[u8], entry: Named) {
         let known = self.of_hash(directory, hash);
         known.entries.retain(|(other, _)| other != name);
         known.entries.push((name.to_vec(), entry));
