@@ -50,6 +50,9 @@ impl Transport for TestTransport {
     fn arm(&mut self) -> bool {
         true
     }
+    fn is_quiet(&mut self) -> bool {
+        false
+    }
     fn interrupt(&self) {}
     fn maintain(&mut self) {}
 }
@@ -123,7 +126,10 @@ impl Bench {
     }
 
     fn say_lock(&self, from: Slot, message: LockMessage) {
-        self.say(from, Message::Lock(Envelope { message, attributes: None, home_time: None, report: None }));
+        self.say(
+            from,
+            Message::Lock(Envelope { message, attributes: None, home_time: None, report: None, entries: None }),
+        );
     }
 
     /// Starts a task; its result is there when it has ended.
@@ -184,6 +190,7 @@ fn hand_over(resource: Resource, new_grant: GrantId, pages: &[u64]) -> Message {
         range: Range::UNIT,
         key: 9,
         pages: pages.iter().map(|page| HandOverPage { page: *page, offset: 0, dirty: true }).collect(),
+        spare: Vec::new(),
     })
 }
 
@@ -259,6 +266,7 @@ fn nobody_waits_for_what_a_lost_server_announced() {
         attributes: None,
         home_time: None,
         report: None,
+        entries: None,
     };
     bench.volume.receive(Node { slot: LIAR, incarnation: 2 }, Message::Lock(honest));
     bench.settle();
@@ -311,9 +319,19 @@ fn a_hand_over_brings_no_page_that_another_server_stores() {
     let old_grant = grant_of(LIAR, 1);
     bench.say(
         LIAR,
-        Message::HandOver(HandOver { resource, new_grant: grant, old_grant, range, key: 9, pages: vec![page] }),
+        Message::HandOver(HandOver {
+            resource,
+            new_grant: grant,
+            old_grant,
+            range,
+            key: 9,
+            pages: vec![page],
+            spare: vec![range],
+        }),
     );
     assert_eq!(bench.volume.cache.borrow().dirty_in(ino, Range::ALL), [1], "a dirty page of another server is gone");
+    let spare: Vec<Range> = bench.volume.files.borrow()[&ino].spare.iter().collect();
+    assert!(spare.iter().all(|range| range.lo >= 4), "pages of another server are taken for spare: {spare:?}");
 }
 
 #[test]

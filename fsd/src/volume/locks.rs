@@ -6,6 +6,7 @@
 //! A home takes those changes into its store before its lock server sees the message, so that
 //! whatever the server grants next is granted with them.
 
+use super::transfer::SPARE_PAGES_MAX;
 use super::*;
 use verbfs_lock::{PinKind, PinRequest, PinToken, RevokePolicy, Vacated, is_for_server};
 use verbfs_protocol::lock::Successor;
@@ -482,11 +483,15 @@ impl Volume {
             behind = page.page.saturating_add(1);
             fits
         });
+        let spare = hand_over.spare.iter().fold(0, |sum: u64, spare| sum.saturating_add(spare.len()));
+        let spare_fits =
+            spare <= SPARE_PAGES_MAX && hand_over.spare.iter().all(|spare| !spare.is_empty() && range.contains(*spare));
         if resource.class != Class::Data
             || new_grant.server != resource.server
             || !self.options.members.contains(&resource.server)
             || hand_over.pages.len() > RUNS_MAX
             || !pages_fit
+            || !spare_fits
         {
             self.refuse(from, "a hand-over that cannot be");
             return;

@@ -12,6 +12,8 @@ use verbfs_protocol::lock::Successor;
 
 /// Most pages in one batch of write-back: one COMMIT.
 const BATCH_PAGES: usize = 1024;
+/// Most spare pages that a hand-over names: 1 GiB.
+pub(crate) const SPARE_PAGES_MAX: u64 = 1 << 18;
 
 /// One one-sided operation.
 struct Run {
@@ -407,6 +409,12 @@ impl Volume {
                 spare: self.files.borrow_mut().get_mut(&ino).map_or_else(Vec::new, |file| file.take_spare(range)),
             };
             // Of those that are not named the successor learns when it asks for the layout.
+            let mut left = SPARE_PAGES_MAX;
+            message.spare.retain(|range| {
+                let fits = range.len() <= left;
+                left -= if fits { range.len() } else { 0 };
+                fits
+            });
             message.spare.truncate(RUNS_MAX);
             {
                 let mut cache = self.cache.borrow_mut();
@@ -575,7 +583,15 @@ impl Volume {
         // Storage became current meanwhile: these bytes may be older.
         let ok = wanted && self.hand_overs.borrow().fetching.contains_key(&message.new_grant);
         if ok && let Some(file) = self.files.borrow_mut().get_mut(&ino) {
-            message.spare.iter().for_each(|spare| file.spare.insert(spare.intersect(message.range)));
+            // Of this server's pages only, and of none that is here: the rest is not the sender's to give.
+            let layout = file.layout.clone();
+            let parts = layout.iter().flat_map(|layout| message.spare.iter().flat_map(|spare| pieces(layout, *spare)));
+            let cache = self.cache.borrow();
+            for (_, part) in parts.filter(|(slot, _)| *slot == message.resource.server) {
+                if cache.pages_in(ino, part).is_empty() {
+                    file.spare.insert(part);
+                }
+            }
         }
         let mut cache = self.cache.borrow_mut();
         for (page, dirty) in reserved {
