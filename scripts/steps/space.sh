@@ -148,14 +148,15 @@ holes_and_cuts() {
 
 # What a growing file has allocated ahead is not counted as its own, and goes back when it is closed.
 allocated_ahead() {
-    local file=d1/grows before n mount
+    local file=d1/grows before n mount pages
     before=$(available 0)
     exec 7>> "$DIR/mnt/0/$file" 8>> "$DIR/mnt/1/$file"
     for n in {1..60}; do
         head -c 5000 /dev/zero >&7
         head -c 5000 /dev/zero >&8
         for mount in 0 1 2; do
-            same "st_blocks through $mount after $n" $(((n * 10000 + 4095) / 4096 * 8)) "$(stat -c %b "$DIR/mnt/$mount/$file")"
+            pages=$(((n * 10000 + 4095) / 4096))
+            same "st_blocks through $mount after $n" $((pages * 8)) "$(stat -c %b "$DIR/mnt/$mount/$file")"
         done
     done
     truncate -s 300000 "$DIR/mnt/2/$file"
