@@ -1304,13 +1304,13 @@ impl LockClient {
         (at >= range.hi).then_some(weakest)
     }
 
-    /// How far around `range`, within `within`, all is held X (fenced or not); `range` itself if not even that is.
+    /// How far around `range`, within `within`, all is held X and nothing is on its way out; `range` itself if not even that is.
     pub fn held_exclusively_around(&self, resource: Resource, range: Range, within: Range) -> Range {
         let Some(local) = self.locals.get(&resource) else { return range };
         let mut run = Range::new(within.lo, within.lo);
         for (held, piece) in local.pieces.overlapping(within) {
             let held = held.intersect(within);
-            if piece.mode != Mode::X || piece.state == State::Incoming {
+            if piece.mode != Mode::X || piece.state != State::Held {
                 run = Range::new(held.hi, held.hi);
                 continue;
             }

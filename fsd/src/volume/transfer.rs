@@ -478,6 +478,7 @@ impl Volume {
         let Some(file) = files.get_mut(&ino) else { return };
         // Also where nothing is known: an answer may be on its way.
         file.layout_forgotten += 1;
+        file.spare.remove(range);
         let parts: Vec<Range> = match &file.layout {
             Some(layout) if layout.slots.len() > 1 => {
                 let mut parts: Vec<Range> = Vec::new();
