@@ -16,6 +16,7 @@ use crate::transport::{FabricTransport, RegisteredMemory};
 use crate::volume::{Foundations, Volume, VolumeOptions};
 use anyhow::{Context, bail};
 use parking_lot::Mutex;
+use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -69,6 +70,11 @@ fn next_incarnation(store: &mut Store, key: &str) -> Result<u32, verbfs_namespac
     })
 }
 
+/// Makes a directory that only root can enter, and what is missing above it.
+fn private_directory(directory: &Path) -> std::io::Result<()> {
+    std::fs::DirBuilder::new().recursive(true).mode(0o700).create(directory)
+}
+
 /// The store must be this cluster's and this slot's.
 fn check_identity(store: &mut Store, directory: &Path, config: &Config, slot: Slot) -> anyhow::Result<()> {
     let identity = format!("{}/{slot}", config.cluster);
@@ -92,8 +98,9 @@ impl Daemon {
     pub fn start(config: Config, slot: Slot) -> anyhow::Result<Daemon> {
         let metrics = Arc::new(Metrics::new());
         let data = config.data_directory(slot);
-        std::fs::create_dir_all(&data).with_context(|| format!("node {slot}: cannot make {}", data.display()))?;
-        std::fs::create_dir_all(config.runtime_directory())
+        // Names, attributes and bytes of all users' files lie there. A looser mode that somebody chose for it stays.
+        private_directory(&data).with_context(|| format!("node {slot}: cannot make {}", data.display()))?;
+        private_directory(&config.runtime_directory())
             .with_context(|| format!("node {slot}: cannot make {}", config.runtime_directory().display()))?;
         let mut store = Store::open(&data.join("store"), StoreOptions::default())
             .with_context(|| format!("node {slot}: cannot open the store in {}", data.display()))?;

@@ -4,6 +4,7 @@ use crate::{Allocator, Error};
 use memmap2::{MmapOptions, MmapRaw};
 use std::fs::File;
 use std::os::fd::AsRawFd;
+use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::Path;
 use std::ptr::NonNull;
 use verbfs_protocol::PAGE_SIZE;
@@ -41,12 +42,14 @@ impl Arena {
         if size == 0 || !size.is_multiple_of(PAGE_SIZE) || size > ARENA_MAX {
             return Err(bad_size("not a positive multiple of the page size, or too large"));
         }
-        let file = File::options().read(true).write(true).create(true).truncate(false).open(path)?;
+        let file = File::options().read(true).write(true).create(true).truncate(false).mode(0o600).open(path)?;
         match file.try_lock() {
             Ok(()) => {}
             Err(std::fs::TryLockError::WouldBlock) => return Err(Error::InUse(path.into())),
             Err(std::fs::TryLockError::Error(error)) => return Err(error.into()),
         }
+        // It holds the bytes of all users' files. One that was made or copied with a looser mode is closed again.
+        file.set_permissions(std::fs::Permissions::from_mode(0o600))?;
         let present = file.metadata()?.len();
         let created = present == 0;
         if present > size {

@@ -1,6 +1,7 @@
 //! Opening, contiguity, damage and `kill -9`.
 
 use std::io::{BufRead, BufReader, Write};
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use verbfs_arena::{Arena, ArenaOptions, Claim, Error, ExtentTable};
@@ -48,6 +49,19 @@ fn an_arena_is_whole_aligned_and_kept() {
     for size in [0, PAGE_SIZE + 1, 3 * PAGE_SIZE, u64::MAX - PAGE_SIZE + 1] {
         assert!(matches!(Arena::open(&path, size, ArenaOptions::default()), Err(Error::Size { .. })));
     }
+}
+
+#[test]
+fn only_its_owner_can_read_an_arena() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("arena");
+    let mode = || std::fs::metadata(&path).unwrap().permissions().mode() & 0o7777;
+    drop(open_arena(directory.path()));
+    assert_eq!(mode(), 0o600);
+    // As one that was made with a looser mode, or copied.
+    std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o644)).unwrap();
+    drop(open_arena(directory.path()));
+    assert_eq!(mode(), 0o600);
 }
 
 #[test]
