@@ -36,11 +36,15 @@ impl Arena {
     /// (a positive multiple of [`PAGE_SIZE`]). All of it is allocated on the file system below.
     ///
     /// # Errors
-    /// [`Error::NoRoom`], [`Error::Size`], [`Error::InUse`], [`Error::Io`]. A file that was made here is removed again.
+    /// [`Error::NoRoom`], [`Error::Size`], [`Error::Shrinks`], [`Error::InUse`], [`Error::Io`]. A file that was made here is
+    /// removed again.
     pub fn open(path: &Path, size: u64, options: ArenaOptions) -> Result<Arena, Error> {
-        let bad_size = |reason| Error::Size { path: path.into(), wanted: size, reason };
         if size == 0 || !size.is_multiple_of(PAGE_SIZE) || size > ARENA_MAX {
-            return Err(bad_size("not a positive multiple of the page size, or too large"));
+            return Err(Error::Size {
+                path: path.into(),
+                wanted: size,
+                reason: format!("use a multiple of {PAGE_SIZE}, at most {ARENA_MAX}"),
+            });
         }
         let file = File::options().read(true).write(true).create(true).truncate(false).mode(0o600).open(path)?;
         match file.try_lock() {
@@ -53,7 +57,7 @@ impl Arena {
         let present = file.metadata()?.len();
         let created = present == 0;
         if present > size {
-            return Err(bad_size("smaller than the arena is"));
+            return Err(Error::Shrinks { path: path.into(), wanted: size, present });
         }
         // Also for a file of full size: an earlier attempt may have been killed half way.
         if let Err(error) = preallocate(&file, size) {
@@ -66,7 +70,7 @@ impl Arena {
             });
         }
         let mut mapping = MmapOptions::new();
-        mapping.len(usize::try_from(size).map_err(|_| bad_size("beyond the address space"))?);
+        mapping.len(size as usize); // ARENA_MAX fits
         if options.populate {
             mapping.populate();
         }

@@ -13,9 +13,12 @@ pub enum Error {
     /// The file system below has no room for the arena.
     #[error("no room for an arena of {bytes} bytes at {path}")]
     NoRoom { path: PathBuf, bytes: u64 },
-    /// The size asked for is no positive multiple of the page size, or smaller than the arena is.
+    /// The size asked for is no positive multiple of the page size, or too large.
     #[error("an arena of {wanted} bytes at {path}: {reason}")]
-    Size { path: PathBuf, wanted: u64, reason: &'static str },
+    Size { path: PathBuf, wanted: u64, reason: String },
+    /// What lies beyond the size asked for may be in use.
+    #[error("{path} has {present} bytes and cannot shrink to {wanted}: set storage.arena_size to {present} or more")]
+    Shrinks { path: PathBuf, wanted: u64, present: u64 },
     /// Another process, or another [`crate::Arena`] of this one, has the file open.
     #[error("the arena {0} is in use")]
     InUse(PathBuf),
@@ -51,7 +54,9 @@ impl Error {
     pub fn errno(&self) -> i32 {
         match self {
             Error::NoSpace { .. } | Error::NoRoom { .. } => libc::ENOSPC,
-            Error::InvalidRange(_) | Error::NotAllocated { .. } | Error::Size { .. } => libc::EINVAL,
+            Error::InvalidRange(_) | Error::NotAllocated { .. } | Error::Size { .. } | Error::Shrinks { .. } => {
+                libc::EINVAL
+            }
             Error::InUse(_) => libc::EBUSY,
             Error::Store(error) => error.errno(),
             Error::Io(error) => error.raw_os_error().unwrap_or(libc::EIO),
