@@ -138,6 +138,8 @@ impl Daemon {
                 .with_context(|| format!("node {slot}: cannot register the arena"))?;
             arena_key = arena_region.key().0;
             cache_key = cache_region.key().0;
+            // One that this configuration does not list would be answered by nobody here, and wait for ever.
+            endpoint.admit_only(&members);
             endpoint.listen().with_context(|| {
                 format!("node {slot}: cannot listen at {}; is another daemon of this slot running?", opened.place)
             })?;

@@ -1,6 +1,6 @@
 //! Which incarnations of a slot may connect.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -16,16 +16,28 @@ struct Admission {
 
 /// What a provider admits from each slot. Shared between the thread that polls and those that shake hands.
 #[derive(Debug, Default)]
-pub(crate) struct Admissions(Mutex<HashMap<u16, Admission>>);
+pub(crate) struct Admissions(Mutex<Known>);
+
+#[derive(Debug, Default)]
+struct Known {
+    /// The slots that may connect at all. Absent: every one.
+    members: Option<HashSet<u16>>,
+    admissions: HashMap<u16, Admission>,
+}
 
 impl Admissions {
-    fn lock(&self) -> MutexGuard<'_, HashMap<u16, Admission>> {
-        // The map stays whole whatever panicked: each change is one assignment.
+    fn lock(&self) -> MutexGuard<'_, Known> {
+        // It stays whole whatever panicked: each change is one assignment.
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub(crate) fn admit(&self, slot: u16, incarnation: Incarnation) -> Result<(), Refusal> {
-        let admission = self.lock().get(&slot).copied().unwrap_or_default();
+        let known = self.lock();
+        if known.members.as_ref().is_some_and(|members| !members.contains(&slot)) {
+            return Err(Refusal::Slot);
+        }
+        let admission = known.admissions.get(&slot).copied().unwrap_or_default();
+        drop(known);
         if admission.fenced.is_some_and(|fenced| incarnation.node <= fenced) {
             return Err(Refusal::Fenced);
         }
@@ -35,17 +47,22 @@ impl Admissions {
         Ok(())
     }
 
+    /// Only these slots are admitted from now on.
+    pub(crate) fn admit_only(&self, slots: &[u16]) {
+        self.lock().members = Some(slots.iter().copied().collect());
+    }
+
     /// Incarnations before this one are stale from now on.
     pub(crate) fn require(&self, slot: u16, incarnation: Incarnation) {
-        let mut admissions = self.lock();
-        let admission = admissions.entry(slot).or_default();
+        let mut known = self.lock();
+        let admission = known.admissions.entry(slot).or_default();
         admission.minimum = admission.minimum.max(Some(incarnation));
     }
 
     /// Every incarnation up to this one of the node is fenced from now on.
     pub(crate) fn refuse(&self, slot: u16, node_incarnation: u32) {
-        let mut admissions = self.lock();
-        let admission = admissions.entry(slot).or_default();
+        let mut known = self.lock();
+        let admission = known.admissions.entry(slot).or_default();
         admission.fenced = admission.fenced.max(Some(node_incarnation));
     }
 }

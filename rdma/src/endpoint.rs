@@ -475,6 +475,11 @@ impl Endpoint {
         result
     }
 
+    /// Refuses every slot but these from now on. To be called before `listen`: connections that are there stay.
+    pub fn admit_only(&mut self, slots: &[u16]) {
+        self.fabric.admit_only(slots);
+    }
+
     /// Refuses every incarnation of `slot` up to `node_incarnation`, connected before or not; ends its session and connection.
     /// Does not revoke what it has mapped: that is `fence`.
     pub fn refuse(&mut self, slot: u16, node_incarnation: u32) {

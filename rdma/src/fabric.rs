@@ -257,6 +257,9 @@ pub trait Fabric: Send {
     /// Peers can name the region no more. Their operations under way may still end in it, unless they are fenced.
     fn deregister(&mut self, region: &Region);
 
+    /// Refuses every slot but these from now on, whoever proves the key. Connections that are there stay.
+    fn admit_only(&mut self, slots: &[u16]);
+
     /// Accepts connections from now on.
     ///
     /// # Errors

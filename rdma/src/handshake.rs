@@ -93,7 +93,7 @@ pub enum Refusal {
     Version,
     #[error("another cluster")]
     Cluster,
-    #[error("a wrong or unexpected slot")]
+    #[error("a wrong slot, or one that is no member")]
     Slot,
     #[error("the cluster key was not proved")]
     Key,

@@ -838,6 +838,10 @@ impl Fabric for ShmFabric {
         Ok(())
     }
 
+    fn admit_only(&mut self, slots: &[u16]) {
+        self.shared.admissions.admit_only(slots);
+    }
+
     fn refuse(&mut self, slot: u16, node_incarnation: u32) {
         self.shared.admissions.refuse(slot, node_incarnation);
     }

@@ -547,6 +547,21 @@ pub fn strangers_are_refused<P: Provider>() {
         );
         assert!(node.events.is_empty() && a.events.is_empty());
     }
+    // Who has the key and is no member is refused as well, whoever of the two connects; a member is not.
+    let mut closed = P::endpoint(config(directory.path(), 5, 1, 1));
+    closed.admit_only(&[1, 7]);
+    closed.listen().unwrap();
+    let mut closed = Node { endpoint: closed, events: Vec::new() };
+    let mut uninvited = Node::start::<P>(config(directory.path(), 6, 1, 1));
+    uninvited.endpoint.connect(5).unwrap();
+    let reason = until(&mut [&mut uninvited, &mut closed], |nodes| nodes[0].take(failed));
+    assert_eq!(reason, ConnectError::RefusedByPeer(Refusal::Slot));
+    closed.endpoint.connect(6).unwrap();
+    let reason = until(&mut [&mut closed, &mut uninvited], |nodes| nodes[0].take(failed));
+    assert_eq!(reason, ConnectError::RefusedByUs(Refusal::Slot));
+    assert!(closed.events.is_empty() && uninvited.events.is_empty());
+    connect(&mut a, &mut closed);
+
     a.endpoint.connect(4).unwrap();
     assert_eq!(until(&mut [&mut a], |nodes| nodes[0].take(failed)), ConnectError::NotListening(4));
     assert_eq!(a.endpoint.connect(1), Err(ConnectError::InvalidSlot(1)));
