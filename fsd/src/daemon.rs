@@ -145,7 +145,7 @@ impl Daemon {
             })?;
             memory = Box::new(RegisteredMemory(cache_region.clone()));
             let peers = members.iter().copied().filter(|member| *member != slot);
-            transport = Some(Box::new(FabricTransport::new(endpoint, cache_region, peers)));
+            transport = Some(Box::new(FabricTransport::new(endpoint, cache_region, peers, metrics.clone())));
         } else {
             memory = Box::new(PrivateMemory::new(cache_length)?);
         }

@@ -323,7 +323,7 @@ metrics! {
     // Membership.
     gauge view "Number of the membership view.";
     gauge members "Nodes in the view, this one included.";
-    counter peers_refused "Connections refused: wrong key, version or incarnation.";
+    counter peers_refused "Connections that this node tried and one side refused: wrong key, cluster, slot, version or incarnation.";
     counter peers_lost "Connections lost.";
     counter evictions "Nodes evicted (counted at slot 0).";
     counter lease_lapses "Times this node's lease lapsed and its cache went out of use.";

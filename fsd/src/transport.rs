@@ -1,12 +1,14 @@
 //! The fabric endpoint as the volume uses it: connections made and kept up, deaths noticed, events translated.
 
 use crate::cache::CacheMemory;
+use crate::metrics::Metrics;
 use crate::volume::{Transport, TransportEvent, TransportStatistics};
 use std::collections::BTreeMap;
 use std::os::fd::RawFd;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 use verbfs_protocol::{Node, Slot, lock};
-use verbfs_rdma::{DisconnectReason, Endpoint, Event, Lane, Region, RemoteKey};
+use verbfs_rdma::{ConnectError, DisconnectReason, Endpoint, Event, Lane, Region, RemoteKey};
 
 /// Between attempts to reach a peer that is not there.
 const RECONNECT_INTERVAL: Duration = Duration::from_millis(200);
@@ -36,19 +38,25 @@ pub struct FabricTransport {
     endpoint: Endpoint,
     cache: Region,
     peers: BTreeMap<Slot, PeerState>,
+    metrics: Arc<Metrics>,
     pending: Vec<TransportEvent>,
 }
 
 impl FabricTransport {
     /// `endpoint` listens already; `peers` are all other members.
-    pub fn new(endpoint: Endpoint, cache: Region, peers: impl IntoIterator<Item = Slot>) -> FabricTransport {
+    pub fn new(
+        endpoint: Endpoint,
+        cache: Region,
+        peers: impl IntoIterator<Item = Slot>,
+        metrics: Arc<Metrics>,
+    ) -> FabricTransport {
         let peers = peers
             .into_iter()
             .map(|slot| {
                 (slot, PeerState { connected: false, last_attempt: None, process: None, last_failure: String::new() })
             })
             .collect();
-        FabricTransport { endpoint, cache, peers, pending: Vec::new() }
+        FabricTransport { endpoint, cache, peers, metrics, pending: Vec::new() }
     }
 
     fn lane(lane: lock::Lane) -> Lane {
@@ -79,9 +87,21 @@ impl FabricTransport {
             }
             Event::ConnectFailed { slot, reason } => {
                 let peer = self.peers.get_mut(&slot)?;
+                let refused = matches!(reason, ConnectError::RefusedByPeer(_) | ConnectError::RefusedByUs(_));
+                if refused {
+                    self.metrics.peers_refused.add(1);
+                }
                 let reason = reason.to_string();
                 if peer.last_failure != reason {
-                    tracing::info!(slot, %reason, "peer not reached; trying on");
+                    if refused {
+                        tracing::warn!(
+                            slot,
+                            %reason,
+                            "peer refused; trying on: compare key, cluster name, [[nodes]] and version of both"
+                        );
+                    } else {
+                        tracing::info!(slot, %reason, "peer not reached; trying on");
+                    }
                     peer.last_failure = reason;
                 }
                 None
