@@ -209,7 +209,8 @@ fn start(arguments: StartArguments, program: &dyn Program) -> anyhow::Result<()>
     let mount = match &arguments.mount {
         Some(directory) => {
             let directory = absolute(directory)?;
-            if !directory.is_dir() {
+            // The daemon removes a dead mount by itself.
+            if !directory.is_dir() && !is_dead_mount(&directory) {
                 bail!("cannot mount at {}: it is not a directory; make it first", directory.display());
             }
             Some(MountRequest { directory, options: arguments.options.clone().into() })
@@ -274,6 +275,11 @@ fn config(command: ConfigCommand) -> anyhow::Result<()> {
             ))
         }
     }
+}
+
+/// Whether the path is a mount whose daemon is gone.
+fn is_dead_mount(path: &Path) -> bool {
+    std::fs::metadata(path).is_err_and(|error| error.raw_os_error() == Some(libc::ENOTCONN))
 }
 
 fn absolute(path: &Path) -> anyhow::Result<PathBuf> {
