@@ -53,7 +53,7 @@ const _: () = assert!(MIN_CACHE <= MIN_ARENA);
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
     /// The file cannot be read.
-    #[error("cannot read the configuration {path}: {error}")]
+    #[error("cannot read the configuration {path}: {error}{}", hint(.error))]
     Read { path: PathBuf, error: std::io::Error },
     /// The file is not TOML, or holds an unknown key or a value of the wrong kind. The message names line and column.
     #[error("{path} is not a usable configuration:\n{message}(every key is documented in docs/example.toml)")]
@@ -64,6 +64,16 @@ pub enum ConfigError {
     /// The cluster key is absent, malformed or readable by others.
     #[error("cannot use the cluster key {path}: {problem}")]
     Key { path: PathBuf, problem: String },
+    /// A new key cannot be written there.
+    #[error("cannot write a new cluster key to {path}: {problem}")]
+    NewKey { path: PathBuf, problem: String },
+}
+
+fn hint(error: &std::io::Error) -> &'static str {
+    match error.kind() {
+        std::io::ErrorKind::NotFound => "; name another with --config, or start from a copy of example.toml",
+        _ => "",
+    }
 }
 
 fn list(problems: &[String]) -> String {
@@ -432,7 +442,10 @@ impl Config {
             match node.host_and_port() {
                 Ok(address) => require(
                     addresses.insert(address) || self.fabric() == Fabric::Shm,
-                    format!("nodes: address {:?} is given twice", node.address),
+                    format!(
+                        "nodes: slot {}: address {:?} is given twice; nodes of one host need a port each",
+                        node.slot, node.address
+                    ),
                 ),
                 Err(problem) => require(false, format!("nodes: slot {}: {problem}", node.slot)),
             }
@@ -492,7 +505,8 @@ impl Config {
         match own.as_slice() {
             [slot] => Ok(*slot),
             [] => Err(format!(
-                "no node of [[nodes]] is on this host ({hostname}): set `slot`, or `host = {hostname:?}` for this node"
+                "no node of [[nodes]] is on this host ({hostname}): give --slot, or set `slot`, or `host = {hostname:?}` for \
+                 this node"
             )),
             several => Err(format!("slots {several:?} are all on this host ({hostname}): set `slot`, or give --slot")),
         }
@@ -665,10 +679,17 @@ impl ClusterKey {
     /// Makes a new key from the kernel's random numbers and writes it to `path`, which must not exist, with mode 0600.
     ///
     /// # Errors
-    /// [`ConfigError::Key`] when the file exists or cannot be written.
+    /// [`ConfigError::NewKey`] when the file exists or cannot be written.
     pub fn create(path: &Path) -> Result<ClusterKey, ConfigError> {
         use std::{io::Write, os::unix::fs::OpenOptionsExt};
-        let fail = |error: std::io::Error| ConfigError::Key { path: path.into(), problem: error.to_string() };
+        let fail = |error: std::io::Error| {
+            let hint = match error.kind() {
+                std::io::ErrorKind::AlreadyExists => "; it is kept: all nodes of a cluster need the same key",
+                std::io::ErrorKind::NotFound => "; make its directory first",
+                _ => "",
+            };
+            ConfigError::NewKey { path: path.into(), problem: format!("{error}{hint}") }
+        };
         let mut key = [0; KEY_LENGTH];
         std::fs::File::open("/dev/urandom").and_then(|mut source| source.read_exact(&mut key)).map_err(fail)?;
         let mut text: String = key.iter().map(|byte| format!("{byte:02x}")).collect();
