@@ -204,7 +204,7 @@ pub enum MemberState {
     /// Silent for longer than the peer timeout.
     Silent,
     Evicted,
-    /// Never seen.
+    /// Not one life of it is known: never seen, or its last one has ended.
     Absent,
 }
 
@@ -278,8 +278,8 @@ pub struct LockEntry {
     pub pid: Option<u32>,
     /// Its command.
     pub command: Option<String>,
-    /// Since it was granted or asked for.
-    pub age_milliseconds: u64,
+    /// Since it was granted or asked for, where that is known.
+    pub age_milliseconds: Option<u64>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]

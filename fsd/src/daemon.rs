@@ -487,7 +487,7 @@ impl Inner {
                 host: None,
                 pid: (lock.owner.pid != 0).then_some(lock.owner.pid),
                 command: (lock.owner.slot == self.slot).then(|| command_of(lock.owner.pid)).flatten(),
-                age_milliseconds: 0,
+                age_milliseconds: None,
             });
         }
         list
@@ -513,7 +513,7 @@ impl Inner {
             host: self.config.nodes.iter().find(|node| node.slot == holder.slot).map(|node| node.host_name()),
             pid: None,
             command: None,
-            age_milliseconds: 0,
+            age_milliseconds: None,
         }
     }
 }

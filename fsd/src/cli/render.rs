@@ -206,7 +206,7 @@ pub fn locks(locks: &LockList) -> String {
             },
             entry.state.clone(),
             entry.server.to_string(),
-            time(Duration::from_millis(entry.age_milliseconds)),
+            entry.age_milliseconds.map_or("-".into(), |age| time(Duration::from_millis(age))),
         ]);
     }
     if !table.is_empty() {
@@ -427,7 +427,7 @@ fn member_state(state: MemberState) -> &'static str {
         MemberState::Connecting => "connecting",
         MemberState::Silent => "silent",
         MemberState::Evicted => "evicted",
-        MemberState::Absent => "never seen",
+        MemberState::Absent => "not there",
     }
 }
 
@@ -555,7 +555,7 @@ mod tests {
             host: Some("host".into()),
             pid: None,
             command: None,
-            age_milliseconds: 1500,
+            age_milliseconds: Some(1500),
         }
     }
 
