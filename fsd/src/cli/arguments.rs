@@ -41,7 +41,7 @@ pub enum Command {
     Start(StartArguments),
 
     /// Mount the volume at a directory of this node
-    #[command(after_help = "Examples:\n  verbfs mount /mnt/verbfs\n  verbfs mount --read-only /mnt/verbfs-ro")]
+    #[command(after_help = "Example:\n  verbfs mount /mnt/verbfs\n\nA daemon has one mount at a time.")]
     Mount(MountArguments),
 
     /// Unmount a directory; the daemon goes on
@@ -74,8 +74,9 @@ pub enum Command {
     /// Write everything back, unmount, leave the cluster and end the daemon
     #[command(after_help = "Examples:\n  \
         verbfs stop\n  \
-        verbfs stop --force          (also when files are open on its mounts)\n\n\
-        Returns when the daemon has ended.")]
+        verbfs stop --config /etc/verbfs/job.toml --slot 2\n\n\
+        Returns when the daemon has ended. Programs that still use its mount have 5 seconds to leave it; then it\n\
+        is detached, and what is open 5 seconds later gets errors. See first who they are: fuser -vm DIRECTORY")]
     Stop(StopArguments),
 
     /// Bring up several nodes and mounts on this machine, put data through them, clean up
@@ -152,11 +153,12 @@ pub struct StartArguments {
 
 #[derive(Args, Clone, Debug, Default)]
 pub struct MountOptionArguments {
-    /// Refuse every change through this mount
+    /// Refuse every change through this mount (planned; this version refuses the option)
     #[arg(long)]
     pub read_only: bool,
 
-    /// Allow shared mappings on kernels before 6.6, at the price of weaker coherence on this node (see semantics.md)
+    /// Allow shared mappings on kernels before 6.6, at the price of weaker coherence on this node (planned; this
+    /// version refuses the option)
     #[arg(long)]
     pub stock_mmap: bool,
 }
@@ -223,7 +225,7 @@ pub struct TopArguments {
 
 #[derive(Args, Clone, Debug)]
 pub struct StopArguments {
-    /// Unmount even while files are open there
+    /// Changes nothing in this version: programs that use the mount are waited for, then cut off, in any case
     #[arg(long)]
     pub force: bool,
     #[command(flatten)]
