@@ -252,19 +252,21 @@ impl LockTable {
         }
     }
 
-    /// For whom `owner` waits here with fcntl locks, each once. (Linux looks for no deadlocks among flock locks.)
-    pub fn waits_for(&self, owner: LockOwner) -> Vec<LockOwner> {
-        let mut holders: Vec<LockOwner> = Vec::new();
+    /// For whom `owner` waits here with fcntl locks, and by which wait, each once. (Linux looks for no deadlocks among flock
+    /// locks.)
+    pub fn waits_for(&self, owner: LockOwner) -> Vec<(WaitToken, LockOwner)> {
+        let mut holders: Vec<(WaitToken, LockOwner)> = Vec::new();
         for (token, &(ino, space, waiter)) in &self.waiting {
             if space == LockSpace::Posix && waiter == identity(&owner) {
                 let file = &self.files[&(ino, space)];
                 let wanted =
                     file.waiting.iter().find(|(waiting, _)| waiting == token).expect("every waiter is in its file").1;
-                holders.extend(file.held.iter().filter(|held| conflict(held, &wanted)).map(|held| held.owner));
+                let blocking = file.held.iter().filter(|held| conflict(held, &wanted));
+                holders.extend(blocking.map(|held| (*token, held.owner)));
             }
         }
         holders.sort_unstable();
-        holders.dedup_by_key(|holder| identity(holder));
+        holders.dedup_by_key(|(token, holder)| (*token, identity(holder)));
         holders
     }
 

@@ -122,8 +122,9 @@ proptest! {
                     } else if wait {
                         prop_assert_eq!(outcome, Outcome::Waiting);
                         model.waiting.push((number as u64, who, start, end, kind));
-                        let mut waits_for: Vec<u64> = table.waits_for(owner(who)).iter().map(|holder| holder.owner).collect();
+                        let mut waits_for: Vec<u64> = table.waits_for(owner(who)).iter().map(|(_, holder)| holder.owner).collect();
                         waits_for.sort_unstable();
+                        waits_for.dedup();
                         let blockers: Vec<u64> = (0..OWNERS).filter(|&other| model.waiting.iter().any(|&(_, waiter, start, end, kind)| {
                             waiter == who && other != who && {
                                 let mut alone = Model::default();

@@ -19,7 +19,7 @@ pub use lock::LockMessage;
 pub use operation::*;
 
 /// The version of every layout in this crate. Peers of another version are refused at connection time.
-pub const PROTOCOL_VERSION: u16 = 3;
+pub const PROTOCOL_VERSION: u16 = 4;
 
 /// A message could not be decoded: the peer that sent it loses its connection.
 #[derive(Debug, thiserror::Error)]

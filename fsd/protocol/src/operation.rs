@@ -43,7 +43,7 @@ const _: () = assert!(EXTENTS_MAX * size_of_element::<Extent>() < PAYLOAD_MAX - 
 const _: () = assert!(RUNS_MAX * size_of_element::<HandOverPage>() < PAYLOAD_MAX - 1024);
 const _: () = assert!(RUNS_MAX * size_of_element::<Range>() < PAYLOAD_MAX - 1024);
 const _: () = assert!(FILE_LOCKS_MAX * size_of_element::<(FileLock, LockSpace, bool)>() < PAYLOAD_MAX - 1024);
-const _: () = assert!(OWNERS_MAX * size_of_element::<LockOwner>() < PAYLOAD_MAX - 1024);
+const _: () = assert!(OWNERS_MAX * size_of_element::<(u64, LockOwner)>() < PAYLOAD_MAX - 1024);
 const _: () = assert!(2 * HOLDERS_MAX * (Holder::MINIMUM + STATE_MAX) < PAYLOAD_MAX - 1024);
 const _: () = assert!(LIST_MAX * (Listed::MINIMUM + NAME_MAX) < PAYLOAD_MAX - 1024);
 
@@ -221,7 +221,7 @@ wire! {
         pub gid: Option<u32>,
         pub atime: Option<NewTime>,
         pub mtime: Option<NewTime>,
-        /// Clear set-user-id and set-group-id as a write by an ordinary user does.
+        /// Take away what a write takes away: file capabilities, and set-user-id and set-group-id unless root writes.
         pub clear_set_id: bool,
     }
 
@@ -565,7 +565,8 @@ wire! {
         FileLock = 13 (lock: Option<FileLock>),
         /// Each with its space and whether it is waited for.
         FileLocks = 14 (locks: Vec<(FileLock, LockSpace, bool)> as List<FILE_LOCKS_MAX>),
-        Owners = 15 (owners: Vec<LockOwner> as List<OWNERS_MAX>),
+        /// Each with the number of the wait that waits for it.
+        Owners = 15 (owners: Vec<(u64, LockOwner)> as List<OWNERS_MAX>),
         Space = 16 (space: Space),
         Holders = 17 {
             holders: Vec<Holder> as List<HOLDERS_MAX>,

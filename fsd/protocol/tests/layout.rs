@@ -171,14 +171,14 @@ fn every_message_has_its_pinned_bytes() {
 #[test]
 fn the_header_has_its_pinned_bytes() {
     let record = frame(SENDER, 0x0f10, b"body");
-    assert_eq!(hex(&record), "0300100f0e0d0c0b02010000060504030a0908070400000062".to_string() + "6f6479");
+    assert_eq!(hex(&record), "0400100f0e0d0c0b02010000060504030a0908070400000062".to_string() + "6f6479");
     assert_eq!(unframe(&record).unwrap(), (SENDER, 0x0f10, &b"body"[..]));
     for length in 0..record.len() {
         assert!(unframe(&record[..length]).is_err(), "{length} bytes are no record");
     }
     let mut other_version = record.clone();
     other_version[0] ^= 1;
-    assert!(matches!(unframe(&other_version), Err(DecodeError::Version(2))));
+    assert!(matches!(unframe(&other_version), Err(DecodeError::Version(5))));
     let mut reserved = record.clone();
     reserved[10] = 1;
     assert!(matches!(unframe(&reserved), Err(DecodeError::Reserved(1))));

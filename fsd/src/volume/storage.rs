@@ -147,9 +147,10 @@ impl Volume {
             Request::CancelFileLock { token, .. } => self.serve_cancel_file_lock(from, token),
             Request::ReleaseFileLocks { ino, space, owner } => self.serve_release_file_locks(from, ino, space, owner),
             Request::WaitsFor { owner } => {
-                let mut owners = self.file_locks.borrow().table.waits_for(owner);
-                owners.truncate(OWNERS_MAX);
-                Ok(Reply::Owners(owners))
+                let waits = self.file_locks.borrow().table.waits_for(owner);
+                // Of a wait, its number is enough: its node is its owner's.
+                let owners = waits.into_iter().map(|(token, holder)| (token.number, holder)).take(OWNERS_MAX);
+                Ok(Reply::Owners(owners.collect()))
             }
             Request::Statfs => self.space().map(Reply::Space),
             Request::Describe { resource } => Ok(self.describe(resource)),

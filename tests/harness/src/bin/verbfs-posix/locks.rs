@@ -15,7 +15,7 @@ checks! {
     fcntl_write_lock_excludes, fcntl_read_locks_are_shared, fcntl_ranges_split_and_merge, fcntl_upgrade_and_downgrade,
     fcntl_getlk_tells_the_holder, fcntl_waiting_lock_is_granted, fcntl_waiting_readers_are_all_granted, fcntl_close_releases,
     fcntl_exit_releases, fcntl_killed_holder_releases, fcntl_killed_waiter_is_forgotten, fcntl_wait_is_interrupted, fcntl_interrupted_wait_holds_nothing,
-    fcntl_deadlock_is_found, fcntl_child_inherits_nothing, fcntl_needs_a_fitting_handle, fcntl_lock_to_the_end_of_all_files,
+    fcntl_deadlock_is_found, fcntl_deadlock_of_three_has_one_victim, fcntl_ordered_locking_is_no_deadlock, fcntl_child_inherits_nothing, fcntl_needs_a_fitting_handle, fcntl_lock_to_the_end_of_all_files,
     fcntl_locks_are_of_the_file, fcntl_locked_counter_is_exact, ofd_locks_exclude, flock_excludes, flock_waiting_is_granted,
     flock_is_of_the_open_file, flock_killed_holder_releases, flock_wait_is_interrupted, flock_upgrade, flock_locked_counter_is_exact, locks_hand_over_quickly,
 }
@@ -346,6 +346,72 @@ fn fcntl_deadlock_is_found(c: &Context) -> Result<()> {
     found.wait()?;
     granted.wait()?;
     tasks.into_iter().try_for_each(Task::join)
+}
+
+/// Three in a ring, the last wait closes it; one gives way, the other two are granted.
+fn fcntl_deadlock_of_three_has_one_victim(c: &Context) -> Result<()> {
+    for _ in 0..10 {
+        let ready: Vec<Signal> = (0..3).map(|_| Signal::new()).collect::<Result<_>>()?;
+        let (found, granted) = (Signal::new()?, Signal::new()?);
+        let tasks: Vec<Task> = (0..3u64)
+            .map(|n| {
+                let (ready, found, granted) = (&ready, &found, &granted);
+                Task::start(move || {
+                    let file = open(c, n as usize)?;
+                    set(&file, WRITE, n * 10, 10)?;
+                    // One for each of the others.
+                    ready[n as usize].send()?;
+                    ready[n as usize].send()?;
+                    ready[(n as usize + 1) % 3].wait()?;
+                    ready[(n as usize + 2) % 3].wait()?;
+                    match wait(&file, WRITE, (n + 1) % 3 * 10, 10) {
+                        Ok(()) => granted.send(),
+                        Err(e) if e.raw_os_error() == Some(libc::EDEADLK) => found.send(),
+                        Err(e) => Err(e.into()),
+                    }
+                })
+            })
+            .collect::<Result<_>>()?;
+        found.wait()?;
+        granted.wait()?;
+        granted.wait()?;
+        tasks.into_iter().try_for_each(Task::join)?;
+    }
+    Ok(())
+}
+
+/// Whoever locks in one order cannot deadlock, however often waits come and go while somebody looks for cycles.
+fn fcntl_ordered_locking_is_no_deadlock(c: &Context) -> Result<()> {
+    const FILES: usize = 5;
+    const ROUNDS: u64 = 150;
+    for index in 0..FILES {
+        // Homes differ from directory to directory.
+        std::fs::create_dir(c.a(&format!("d{index}")))?;
+        File::create(c.a(&format!("d{index}/f")))?;
+    }
+    let worker = |number: u64| -> Result<()> {
+        let mut rng = verbfs_harness::rng::Rng::new(number + 1);
+        let files: Vec<File> = (0..FILES)
+            .map(|index| {
+                let path = c.on(number as usize % 3, &format!("d{index}/f"));
+                Ok(File::options().read(true).write(true).open(path)?)
+            })
+            .collect::<Result<_>>()?;
+        for round in 0..ROUNDS {
+            let chosen: Vec<&File> = files.iter().filter(|_| rng.percent(50)).collect();
+            for file in &chosen {
+                wait(file, WRITE, 0, 0).with_context(|| format!("round {round}: a lock in ascending order"))?;
+            }
+            for file in chosen.iter().rev() {
+                set(file, UNLOCK, 0, 0)?;
+            }
+        }
+        Ok(())
+    };
+    let worker = &worker;
+    together(
+        (0..6).map(|number| -> Box<dyn FnOnce() -> Result<()> + '_> { Box::new(move || worker(number)) }).collect(),
+    )
 }
 
 fn fcntl_child_inherits_nothing(c: &Context) -> Result<()> {
