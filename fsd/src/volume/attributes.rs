@@ -17,6 +17,9 @@
 use super::*;
 use verbfs_lock::PinKind;
 
+/// Where Linux keeps a file's capabilities.
+pub(crate) const CAPABILITY_XATTR: &[u8] = b"security.capability";
+
 #[derive(Clone, Debug, Default)]
 pub(crate) struct AttributeState {
     /// What the home said; `None`: no such inode.
@@ -25,6 +28,8 @@ pub(crate) struct AttributeState {
     report: AttributeReport,
     sized: bool,
     changed: bool,
+    /// The base is of a file without capabilities: as long as it is held, nobody gives it any.
+    no_capability: bool,
     /// The home's clock when it spoke, and ours.
     home_time: Option<(Time, Instant)>,
 }
@@ -175,6 +180,7 @@ impl Volume {
             };
             attributes
         });
+        state.no_capability = false;
         state.home_time = home_time.map(|time| (time, Instant::now()));
     }
 
@@ -182,6 +188,37 @@ impl Volume {
     pub(crate) fn replace_base(&self, attributes: Attributes) {
         if let Some(state) = self.attributes.borrow_mut().get_mut(&attributes.ino) {
             state.base = Some(attributes);
+            state.no_capability = false;
+        }
+    }
+
+    /// Whether a change of the file's bytes by `caller`, under a pin on ATTR, must first take privileges away: set-id bits unless
+    /// root writes, file capabilities whoever does (as Linux has it).
+    pub(crate) async fn takes_privileges(
+        self: &Rc<Self>,
+        caller: Caller,
+        ino: Ino,
+        attributes: &Attributes,
+    ) -> Result<bool> {
+        if self.mutated("no_clear_set_id") {
+            return Ok(false);
+        }
+        if attributes.mode & 0o6000 != 0 && caller.uid != 0 && data::clears_set_id(attributes.mode) {
+            return Ok(true);
+        }
+        let known = |state: &AttributeState| state.no_capability;
+        if !attributes.has_xattrs || self.attributes.borrow().get(&ino).is_some_and(known) {
+            return Ok(false);
+        }
+        match self.call(ino.home(), Request::GetXattr { ino, name: CAPABILITY_XATTR.to_vec() }).await {
+            Ok(_) => Ok(true),
+            Err(Errno::ENODATA) => {
+                if let Some(state) = self.attributes.borrow_mut().get_mut(&ino) {
+                    state.no_capability = true;
+                }
+                Ok(false)
+            }
+            Err(error) => Err(error),
         }
     }
 

@@ -687,11 +687,7 @@ impl Volume {
                 if append && !self.mutated("append_without_exclusive") { PinKind::Exclusive } else { PinKind::Extend };
             let pin = self.pin(Resource::attr(ino), Range::UNIT, Range::UNIT, kind).await?;
             let attributes = self.pinned_attributes(ino)?;
-            if attributes.mode & 0o6000 != 0
-                && caller.uid != 0
-                && !self.mutated("no_clear_set_id")
-                && clears_set_id(attributes.mode)
-            {
+            if self.takes_privileges(caller, ino, &attributes).await? {
                 drop(pin);
                 self.change(caller, ino, Change { clear_set_id: true, ..Default::default() }).await?;
                 continue;
@@ -835,7 +831,7 @@ impl Volume {
                 FileKind::Directory => return Err(Errno::EISDIR),
                 _ => return Err(Errno::EINVAL),
             }
-            if attributes.mode & 0o6000 != 0 && caller.uid != 0 && clears_set_id(attributes.mode) {
+            if self.takes_privileges(caller, ino, &attributes).await? {
                 drop(attribute_pin);
                 self.change(caller, ino, Change { clear_set_id: true, ..Default::default() }).await?;
                 continue;
@@ -944,7 +940,7 @@ impl Volume {
             if attributes.kind != FileKind::Regular {
                 return Err(Errno::ENXIO);
             }
-            if attributes.mode & 0o6000 != 0 && caller.uid != 0 && clears_set_id(attributes.mode) {
+            if self.takes_privileges(caller, ino, &attributes).await? {
                 drop(pin);
                 self.change(caller, ino, Change { clear_set_id: true, ..Default::default() }).await?;
                 continue;

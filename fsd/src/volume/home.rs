@@ -8,6 +8,7 @@
 //! An inode whose last name goes becomes an *orphan* in the same transaction. Its home then asks for OPEN X, gets
 //! it when the last node has closed it, and removes data and record.
 
+use super::attributes::CAPABILITY_XATTR;
 use super::names::{check_name, name_range};
 use super::storage::store_error;
 use super::*;
@@ -266,7 +267,7 @@ impl Volume {
             Operation::Rename { parent, name, new_parent, new_name, flags } => {
                 self.operate_rename(operation, parent, name, new_parent, new_name, flags).await
             }
-            Operation::Change { ino, change } => self.operate_change(ino, change).await,
+            Operation::Change { ino, change } => self.operate_change(caller, ino, change).await,
             Operation::SetXattr { ino, name, value, create, replace } => {
                 self.operate_set_xattr(caller, ino, name, value, create, replace).await
             }
@@ -781,7 +782,7 @@ impl Volume {
         Ok(Reply::Decided(changed))
     }
 
-    async fn operate_change(self: &Rc<Self>, ino: Ino, change: Change) -> Result<Reply> {
+    async fn operate_change(self: &Rc<Self>, caller: Caller, ino: Ino, change: Change) -> Result<Reply> {
         let _pins = self.pin_attributes([ino]).await?;
         let mut attributes = self.settled_attributes(ino)?;
         let now = self.clock();
@@ -797,7 +798,7 @@ impl Volume {
                 list = value.and_then(|value| Acl::parse(&value).ok().flatten()).map(|list| list.chmod(mode));
             }
         }
-        if change.clear_set_id {
+        if change.clear_set_id && caller.uid != 0 {
             if attributes.mode & 0o2010 == 0o2010 {
                 attributes.mode &= !0o2000;
             }
@@ -823,6 +824,10 @@ impl Volume {
             .write(|txn| {
                 if let Some(list) = &list {
                     txn.set_xattr(ino, ACCESS_XATTR, &list.serialise(), SetXattr::Any)?;
+                }
+                if change.clear_set_id && attributes.has_xattrs {
+                    txn.remove_xattr(ino, CAPABILITY_XATTR)?;
+                    attributes.has_xattrs = !txn.xattrs(ino)?.is_empty();
                 }
                 txn.put_inode(&attributes)
             })

@@ -14,7 +14,7 @@ use std::time::Duration;
 checks! {
     write_updates_times_everywhere, utimens_exact_everywhere, utimens_omit_and_now, write_after_future_mtime_lowers_it,
     times_beyond_2038, times_at_the_ends_of_time, chmod_seen_everywhere, chmod_changes_ctime_only, chown_seen_everywhere, chown_clears_suid,
-    write_clears_suid_and_sgid, truncate_clears_suid, size_seen_at_once, inode_number_same_everywhere,
+    write_clears_suid_and_sgid, truncate_clears_suid, write_clears_file_capabilities, size_seen_at_once, inode_number_same_everywhere,
     link_count_seen_everywhere, directory_link_count, directory_times_follow_names, link_and_rename_change_ctime,
     blocks_after_fsync, statx_basic_fields, truncate_to_same_size_keeps_data, permission_denied_for_others,
     only_the_owner_may_change, access_tells_permissions, sticky_directory_protects, umask_applies,
@@ -195,6 +195,39 @@ fn truncate_clears_suid(c: &Context) -> Result<()> {
     as_user(USER, &[], || Ok(File::options().write(true).open(c.b("f"))?.set_len(4)?))?;
     same!(metadata(c.c("f"))?.mode() & 0o7777, 0o777, "mode after truncate by somebody else");
     same!(metadata(c.c("f"))?.len(), 4, "size");
+    Ok(())
+}
+
+/// Who may write a program must not get its capabilities for his own bytes; nor does Linux leave them to root.
+fn write_clears_file_capabilities(c: &Context) -> Result<()> {
+    c.open_to_all()?;
+    need_root()?;
+    const NAME: &str = "security.capability";
+    // cap_net_bind_service, permitted: struct vfs_cap_data of revision 2.
+    let mut value = [0; 20];
+    value[..8].copy_from_slice(&[0, 0, 0, 2, 0, 4, 0, 0]);
+    for (mount, user) in [(0, USER), (1, USER), (2, 0)] {
+        File::create(c.a("f"))?.write_all(b"0123456789")?;
+        fs::chmod(c.a("f"), mode(0o4777))?;
+        set(&c.b("f"), "user.other", b"stays", XattrFlags::empty())?;
+        let open_before = File::options().write(true).open(c.on(mount, "f"))?;
+        open_before.write_all_at(b"x", 1)?;
+        set(&c.b("f"), NAME, &value, XattrFlags::empty())?;
+        fs::chmod(c.a("f"), mode(0o4777))?;
+        same!(get(&c.on(mount, "f"), NAME), Ok(value.to_vec()), "the capability before the write");
+        let write = || Ok(File::options().write(true).open(c.on(mount, "f"))?.write_all_at(b"y", 3)?);
+        if user == 0 {
+            write()?
+        } else {
+            as_user(user, &[], write)?
+        }
+        for seen in 0..3 {
+            fails_with(get(&c.on(seen, "f"), NAME), &[Errno::NODATA], "the capability after a write")?;
+            same!(get(&c.on(seen, "f"), "user.other"), Ok(b"stays".to_vec()), "another attribute");
+        }
+        let expected = if user == 0 { 0o4777 } else { 0o777 };
+        same!(metadata(c.c("f"))?.mode() & 0o7777, expected, "mode after the write");
+    }
     Ok(())
 }
 
