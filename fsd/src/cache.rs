@@ -101,6 +101,7 @@ pub struct PageCache {
 impl PageCache {
     pub fn new(memory: Box<dyn CacheMemory>) -> PageCache {
         let count = memory.length() / PAGE_SIZE as usize;
+    evictions: u64,
         PageCache {
             memory,
             slots: vec![FREE; count],
@@ -115,6 +116,7 @@ impl PageCache {
 
     /// Slots in all.
     pub fn capacity(&self) -> usize {
+            evictions: 0,
         self.slots.len()
     }
     pub fn used(&self) -> usize {
@@ -128,6 +130,10 @@ impl PageCache {
         self.writing_pages
     }
 
+    /// Clean pages dropped to make room, ever.
+    pub fn evictions(&self) -> u64 {
+        self.evictions
+    }
     pub fn presence(&self, ino: Ino, page: u64) -> Presence {
         match self.files.get(&ino).and_then(|pages| pages.get(&page)) {
             None => Presence::Absent,
@@ -174,6 +180,7 @@ impl PageCache {
     }
 
     fn place(&mut self, ino: Ino, page: u64, state: State) -> Option<SlotIndex> {
+            self.evictions += 1;
         debug_assert_eq!(self.presence(ino, page), Presence::Absent);
         let index = self.take_slot()?;
         self.slots[index as usize] = SlotInfo { ino, page, state, referenced: true, ..FREE };

@@ -7,6 +7,7 @@ use crate::control::{
     NodeState, Request, Response, Standing, Status, StorageUse, Top,
 };
 use crate::fabric;
+use crate::frontend::Observer;
 use crate::frontend::kernel_cache::FuseKernelCache;
 use crate::frontend::mount::{self, MountOptions, Mounted};
 use crate::metrics::{FuseOperation, Metrics};
@@ -90,6 +91,19 @@ fn check_identity(store: &mut Store, directory: &Path, config: &Config, slot: Sl
     }
 }
 
+/// Counts the requests of a mount.
+struct RequestMetrics(Arc<Metrics>);
+
+impl Observer for RequestMetrics {
+    fn arrived(&self, _operation: &'static str) {
+        self.0.requests_in_flight.add(1);
+    }
+    fn observe(&self, operation: &'static str, nanoseconds: u64) {
+        self.0.requests_in_flight.add(-1);
+        self.0.request[operation_label(operation)].record_nanoseconds(nanoseconds);
+    }
+}
+
 impl Daemon {
     /// Opens storage and fabric and starts to serve; mounts nothing yet.
     ///
@@ -104,6 +118,11 @@ impl Daemon {
             .with_context(|| format!("node {slot}: cannot make {}", config.runtime_directory().display()))?;
         let mut store = Store::open(&data.join("store"), StoreOptions::default())
             .with_context(|| format!("node {slot}: cannot open the store in {}", data.display()))?;
+        let committed = metrics.clone();
+        store.observe_commits(Box::new(move |time| {
+            committed.transactions.increment();
+            committed.transaction.record(time);
+        }));
         check_identity(&mut store, &data, &config, slot)?;
         let node_incarnation = next_incarnation(&mut store, "node-incarnation")?;
         let daemon_incarnation = next_incarnation(&mut store, "daemon-incarnation")?;
@@ -285,10 +304,7 @@ impl Inner {
             ..MountOptions::default()
         };
         let cache = FuseKernelCache::default();
-        let metrics = self.metrics.clone();
-        let observer = Arc::new(move |operation: &'static str, nanoseconds: u64| {
-            metrics.request[operation_label(operation)].record_nanoseconds(nanoseconds)
-        });
+        let observer = Arc::new(RequestMetrics(self.metrics.clone()));
         let mounted = mount::mount(self.node.clone(), &request.directory, &options, &cache, observer)
             .with_context(|| format!("node {}: cannot mount at {}", self.slot, request.directory.display()))?;
         self.node.attach_kernel_cache(Arc::new(cache))?;
@@ -413,13 +429,13 @@ impl Inner {
                     directory: here.directory.clone(),
                     front_end: "stock".into(),
                     read_only: false,
-                    requests_in_flight: 0,
+                    requests_in_flight: self.metrics.requests_in_flight.get().max(0) as u64,
                 })
                 .collect(),
             storage: StorageUse {
                 bytes: report.arena_pages * PAGE_SIZE,
                 used: report.arena_used * PAGE_SIZE,
-                reserved: 0,
+                reserved: report.arena_reserved * PAGE_SIZE,
                 inodes: report.inodes,
             },
             cache: CacheUse {
@@ -440,6 +456,11 @@ impl Inner {
         metrics.locks_held.set(report.locks_held as i64);
         metrics.lock_grants_live.set(report.locks_granted as i64);
         metrics.lock_waiters.set(report.lock_waiters as i64);
+        metrics.file_lock_waiters.set(report.file_lock_waiters as i64);
+        metrics.cache_evictions.raise_to(report.cache_evictions);
+        metrics.messages_resent.raise_to(report.transport.messages_resent);
+        metrics.credit_stalls.raise_to(report.transport.credit_stalls);
+        metrics.arena_reserved_bytes.set((report.arena_reserved * PAGE_SIZE) as i64);
         metrics.cache_pages.set(report.cache_used as i64);
         metrics.cache_dirty_pages.set(report.cache_dirty as i64);
         metrics.arena_bytes.set((report.arena_pages * PAGE_SIZE) as i64);

@@ -77,6 +77,10 @@ impl Counter {
     pub fn add(&self, more: u64) {
         self.0.fetch_add(more, Relaxed);
     }
+    /// Takes over what is counted elsewhere.
+    pub fn raise_to(&self, total: u64) {
+        self.0.fetch_max(total, Relaxed);
+    }
     pub fn get(&self) -> u64 {
         self.0.load(Relaxed)
     }
@@ -269,12 +273,11 @@ metrics! {
     counter lock_hits[LockClass] "Pins that a lock already held covered.";
     counter lock_requests[LockClass] "Lock requests sent to servers.";
     counter lock_upgrades[LockClass] "Lock requests for a stronger mode of a lock held.";
-    counter lock_grants_clamped "Grants cut short because a revoke overtook them.";
     counter lock_revokes_received[LockClass] "Revokes of locks this node held.";
     counter lock_releases[LockClass] "Locks given up, wholly or in part.";
     gauge locks_held "Ranges this node has locked now.";
     histogram lock_wait[LockClass] "From asking a server for a lock to holding it.";
-    histogram lock_hold[LockClass] "From holding a lock to a revoke of it.";
+    histogram lock_hold[LockClass] "From being granted a lock to giving it up, in whole milliseconds.";
     histogram lock_revoke "From receiving a revoke to having given up what it names.";
     // Hand-over of dirty pages from holder to holder.
     counter hand_overs[Direction] "Dirty ranges handed to (sent) or taken from (received) another holder.";
@@ -287,13 +290,13 @@ metrics! {
     counter lock_glimpses "Sizes collected from writers without taking their locks.";
     gauge lock_grants_live "Grants in this node's tables now.";
     gauge lock_waiters "Lock requests that wait in this node's tables now.";
-    histogram glimpse "From freezing the writers of a file to having all their answers.";
+    histogram glimpse "From being asked for attributes to answering without a lock.";
     // fcntl and flock locks, as the home of files.
     counter file_lock_requests "fcntl and flock requests.";
     counter file_lock_deadlocks "fcntl requests refused because they would have closed a cycle.";
     gauge file_lock_waiters "fcntl and flock requests that wait now.";
     // The page cache.
-    counter cache_hits "Pages found in the cache.";
+    counter cache_hits "Pages of reads that found all they wanted in the cache.";
     counter cache_misses "Pages fetched from the node that stores them.";
     counter cache_evictions "Clean pages dropped to make room.";
     gauge cache_pages "Pages in the cache now.";
@@ -316,7 +319,7 @@ metrics! {
     counter messages_resent "Messages sent again after a connection was made anew.";
     counter message_bytes[Direction] "Bytes of messages.";
     counter messages_invalid "Messages that were malformed or made no sense; each cost its sender the connection.";
-    counter credit_stalls[Lane] "Times a lane had messages to send and no room at the receiver.";
+    counter credit_stalls "Times a lane had messages to send and no room at the receiver.";
     counter fabric_operations[FabricOperation] "One-sided operations posted.";
     counter fabric_bytes[FabricOperation] "Bytes moved by one-sided operations.";
     counter fabric_errors "One-sided operations that failed.";
@@ -325,14 +328,11 @@ metrics! {
     gauge members "Nodes in the view, this one included.";
     counter peers_refused "Connections that this node tried and one side refused: wrong key, cluster, slot, version or incarnation.";
     counter peers_lost "Connections lost.";
-    counter evictions "Nodes evicted (counted at slot 0).";
-    counter lease_lapses "Times this node's lease lapsed and its cache went out of use.";
     // Requests of the kernel.
     gauge requests_in_flight "Requests of the kernel that are not yet answered.";
-    counter request_errors[FuseOperation] "Requests of the kernel answered by an error other than ENOENT.";
     counter invalidations "Times the kernel was told to drop what it caches of an inode.";
-    counter read_bytes "Bytes that programs read.";
-    counter written_bytes "Bytes that programs wrote.";
+    counter read_bytes "Bytes read by requests of the kernel.";
+    counter written_bytes "Bytes written by requests of the kernel.";
     histogram request[FuseOperation] "From receiving a request of the kernel to answering it.";
 }
 

@@ -132,6 +132,8 @@ pub enum ClientEffect {
         grant: GrantId,
         keep: Option<Mode>,
         successor: Option<Successor>,
+        /// When what goes was granted.
+        since: Uncompared<Tick>,
     },
     /// Granted; comes before any Pinned that rests on it. `fresh`: the parts of `range` that were not held before.
     Acquired {
@@ -607,9 +609,10 @@ impl LockClient {
             if !reserved && (!pinned || mutations.skip_drain) {
                 fence.vacating = Some(fence.keep);
                 fence.resweep = false;
-                let held = local.pieces.overlapping(fence.range).next().expect("a fence stands on a piece").1.mode;
+                let piece = local.pieces.overlapping(fence.range).next().expect("a fence stands on a piece").1;
+                let (held, since) = (piece.mode, piece.since);
                 let Fence { range, grant, keep, successor, .. } = *fence;
-                effects.push(ClientEffect::Vacate { fence: id, resource, range, held, grant, keep, successor });
+                effects.push(ClientEffect::Vacate { fence: id, resource, range, held, grant, keep, successor, since });
             }
         }
         let extending = local

@@ -116,7 +116,7 @@ pub struct Mutations {
 /// A value that is no part of a state's identity (counters, time stamps): the model checker does not tell
 /// states apart by it.
 #[derive(Clone, Copy, Default)]
-pub(crate) struct Uncompared<T>(pub T);
+pub struct Uncompared<T>(pub T);
 
 impl<T> PartialEq for Uncompared<T> {
     fn eq(&self, _: &Self) -> bool {

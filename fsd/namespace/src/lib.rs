@@ -95,7 +95,7 @@ pub use extent::Run;
 pub use hash::{COLLISIONS_MAX, CURSOR_MIN, name_hash};
 pub use operation::META_KEY_MAX;
 pub use store::{
-    Access, DEFAULT_MAP_SIZE, FORMAT_VERSION, MIN_MAP_SIZE, ReadTransaction, Reading, Store, StoreOptions, Transaction,
-    Usage, WriteTransaction, Writing,
+    Access, CommitObserver, DEFAULT_MAP_SIZE, FORMAT_VERSION, MIN_MAP_SIZE, ReadTransaction, Reading, Store,
+    StoreOptions, Transaction, Usage, WriteTransaction, Writing,
 };
 pub use xattr::SetXattr;

@@ -7,6 +7,7 @@ use heed::{Database, Env, EnvFlags, EnvOpenOptions, RoTxn, RwTxn, WithoutTls};
 use std::fs::File;
 use std::os::fd::AsRawFd;
 use std::path::Path;
+use std::time::{Duration, Instant};
 use zerocopy::{FromBytes, IntoBytes};
 
 /// First bytes of the format record.
@@ -58,6 +59,9 @@ impl Default for StoreOptions {
         StoreOptions { map_size: DEFAULT_MAP_SIZE, name_hash }
     }
 }
+
+/// Told how long each write transaction took that has committed.
+pub type CommitObserver = Box<dyn FnMut(Duration) + Send>;
 
 /// What the store takes on disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -118,6 +122,7 @@ pub struct Store {
     /// Write transactions begun.
     transactions: u64,
     commits_before_failure: Option<u64>,
+    on_commit: Option<CommitObserver>,
     /// Locked while the store is open. Declared last: the environment is closed first.
     _in_use: File,
 }
@@ -262,6 +267,7 @@ impl Store {
             sequence,
             transactions: 0,
             commits_before_failure: None,
+            on_commit: None,
             _in_use: in_use,
         })
     }
@@ -283,6 +289,7 @@ impl Store {
     ) -> Result<T, E> {
         self.make_headroom()?;
         self.transactions += 1;
+        let began = self.on_commit.is_some().then(Instant::now);
         let txn = self.env.write_txn().map_err(Error::from)?;
         let access = Writing { txn, sequence: self.sequence, number: self.transactions };
         let mut transaction = Transaction { tables: &self.tables, access, buffer: Vec::new() };
@@ -299,6 +306,9 @@ impl Store {
         }
         txn.commit().map_err(Error::from)?;
         self.sequence = sequence;
+        if let (Some(observe), Some(began)) = (&mut self.on_commit, began) {
+            observe(began.elapsed());
+        }
         Ok(value)
     }
 
@@ -321,6 +331,11 @@ impl Store {
         // Down to what is in use, if that is more: LMDB sees to it.
         self.resize(regular)?;
         result
+    }
+
+    /// Has `observer` told of every commit from now on. It must be quick: the caller of [`Store::write`] waits for it.
+    pub fn observe_commits(&mut self, observer: CommitObserver) {
+        self.on_commit = Some(observer);
     }
 
     fn high_water(&self) -> usize {

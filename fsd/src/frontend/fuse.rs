@@ -198,6 +198,7 @@ impl VerbfsFuse {
         F: FnOnce(std::rc::Rc<Volume>) -> Fut + Send + 'static,
         Fut: Future<Output = ()> + 'static,
     {
+        self.observer.arrived(operation);
         let timer = Timer { observer: Arc::clone(&self.observer), operation, start: Instant::now() };
         self.node.submit(move |volume| {
             let running = run(volume);

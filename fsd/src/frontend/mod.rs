@@ -25,6 +25,8 @@ pub mod null;
 
 /// Told how long each request took, from its arrival to its reply. Called on any thread; must be quick.
 pub trait Observer: Send + Sync + 'static {
+    /// A request has arrived; [`Observer::observe`] follows.
+    fn arrived(&self, _operation: &'static str) {}
     /// `operation` is the name of the request, as in `"lookup"`.
     fn observe(&self, operation: &'static str, nanoseconds: u64);
 }

@@ -72,8 +72,9 @@ impl FileState {
     }
 
     /// Learns what a server answered for `range`, where nothing was known. A page that has an extent keeps it: it is the same
-    /// one. What is new, uncommitted and not `dirty` is spare.
-    fn learn_new(&mut self, range: Range, extents: &[Extent], dirty: impl Fn(u64) -> bool) {
+    /// one. What is new, uncommitted and not `cached` is spare: a page that is cached, or being fetched from an earlier holder,
+    /// has a write behind it.
+    fn learn_new(&mut self, range: Range, extents: &[Extent], cached: impl Fn(u64) -> bool) {
         for extent in extents {
             let answered = Range::new(extent.page, extent.page + extent.pages).intersect(range);
             for part in self.without_extent(answered) {
@@ -532,7 +533,9 @@ impl Volume {
     /// what lies beyond the end of file is zeros (the kernel knows the size).
     pub async fn read(self: &Rc<Self>, handle: u64, offset: u64, size: u32, page_cache: bool) -> Result<Vec<u8>> {
         let open = self.open_file(handle)?;
-        self.read_file(open.ino, offset, size as u64, page_cache).await
+        let data = self.read_file(open.ino, offset, size as u64, page_cache).await?;
+        self.metrics.read_bytes.add(data.len() as u64);
+        Ok(data)
     }
 
     pub(crate) async fn read_file(
@@ -594,7 +597,10 @@ impl Volume {
             output.resize(expected as usize, 0);
             match self.try_copy_out(ino, offset, &mut output) {
                 Copied::Done => break,
-                Copied::Fetch(pages) => self.fetch_pages(ino, &layout, &pages).await?,
+                Copied::Fetch(pages) => {
+                    fetched = true;
+                    self.fetch_pages(ino, &layout, &pages).await?
+                }
                 Copied::Wait => self.cache_changed.wait().await,
                 Copied::NoRoom => self.make_room().await,
             }
@@ -633,6 +639,7 @@ impl Volume {
         for page in range.lo..range.hi {
             let start = (page * PAGE_SIZE).max(offset);
             let stop = ((page + 1) * PAGE_SIZE).min(end);
+        let mut fetched = false;
             let target = &mut output[(start - offset) as usize..(stop - offset) as usize];
             match cache.presence(ino, page) {
                 Presence::Ready(slot) => {
@@ -655,9 +662,14 @@ impl Volume {
         data: Vec<u8>,
         append: bool,
         page_cache: bool,
+        if !fetched {
+            self.metrics.cache_hits.add(pages_of(offset, output.len() as u64).len());
+        }
     ) -> Result<usize> {
         let open = self.open_file(handle)?;
-        self.write_file(caller, open.ino, offset, &data, append, page_cache).await
+        let written = self.write_file(caller, open.ino, offset, &data, append, page_cache).await?;
+        self.metrics.written_bytes.add(written as u64);
+        Ok(written)
     }
 
     pub(crate) async fn write_file(
@@ -802,8 +814,8 @@ impl Volume {
                 cache.mark_dirty(slot);
             }
         }
-        for page in taken {
-            cache.fetched(ino, page);
+        for slot in taken {
+            cache.fetched(slot);
         }
         for page in range.lo..range.hi {
             let start = (page * PAGE_SIZE).max(offset);

@@ -22,6 +22,10 @@ pub struct Report {
     pub locks_held: u64,
     pub locks_granted: u64,
     pub lock_waiters: u64,
+    pub file_lock_waiters: u64,
+    pub arena_reserved: u64,
+    pub cache_evictions: u64,
+    pub transport: TransportStatistics,
 }
 
 pub struct ListedLock {
@@ -78,6 +82,10 @@ impl Volume {
             locks_held: self.lock_client.borrow().len() as u64,
             locks_granted,
             lock_waiters,
+            file_lock_waiters: self.file_locks.borrow().waiters() as u64,
+            arena_reserved: pages.reserved,
+            cache_evictions: cache.evictions(),
+            transport: self.transport.borrow().as_ref().map(|transport| transport.statistics()).unwrap_or_default(),
         }
     }
 

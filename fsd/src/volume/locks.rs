@@ -53,6 +53,13 @@ pub(crate) enum Outcome {
     Observed,
 }
 
+/// A request whose answer brings attributes or entries.
+pub(crate) struct Asked {
+    pub resource: Resource,
+    pub need: Range,
+    pub since: Instant,
+}
+
 /// Hand-overs towards this node of which one half is here.
 #[derive(Default)]
 pub(crate) struct HandOvers {
@@ -213,22 +220,30 @@ impl Volume {
             }
             LockMessage::Observed { request } => {
                 let asked = self.asked.borrow_mut().remove(request);
+                if let Some(Asked { since, .. }) = &asked {
+                    self.metrics.glimpse.record_since(*since);
+                }
                 envelope.attributes =
-                    asked.and_then(|(resource, _)| self.stored_attributes(resource.ino).ok().flatten()).map(Box::new);
+                    asked.and_then(|asked| self.stored_attributes(asked.resource.ino).ok().flatten()).map(Box::new);
                 envelope.home_time = Some(self.clock());
             }
             _ => {}
         }
         match &envelope.message {
             LockMessage::Grant { request, resource, .. } => {
-                if let Some((_, asked)) = self.asked.borrow_mut().remove(request)
+                if let Some(asked) = self.asked.borrow_mut().remove(request)
                     && resource.class == Class::Name
                 {
-                    envelope.entries = self.entries_of(resource.ino, asked.lo);
+                    envelope.entries = self.entries_of(resource.ino, asked.need.lo);
                 }
                 self.metrics.lock_grants[metric_class(resource.class)].increment();
             }
-            LockMessage::Lock { resource, .. } => self.metrics.lock_requests[metric_class(resource.class)].increment(),
+            LockMessage::Lock { resource, upgrade, .. } => {
+                self.metrics.lock_requests[metric_class(resource.class)].increment();
+                if upgrade.is_some() {
+                    self.metrics.lock_upgrades[metric_class(resource.class)].increment();
+                }
+            }
             LockMessage::Revoke { resource, .. } => {
                 self.metrics.lock_revokes_sent[metric_class(resource.class)].increment()
             }
@@ -276,7 +291,8 @@ impl Volume {
                 // A node of its own needs no telling what its store holds.
                 let named = resource.class == Class::Name && need.len() == 1 && from.slot != self.slot();
                 if named || (flags.one_shot && resource.class == Class::Attr) {
-                    self.asked.borrow_mut().insert(*request, (*resource, *need));
+                    let asked = Asked { resource: *resource, need: *need, since: Instant::now() };
+                    self.asked.borrow_mut().insert(*request, asked);
                 }
             }
             if let LockMessage::Cancel { request, .. } = &envelope.message {
@@ -341,6 +357,9 @@ impl Volume {
             .filter(|resource| resource.class == Class::Attr)
             .and_then(|resource| self.lock_client.borrow().held(resource, Range::UNIT));
         let observed = matches!(message, LockMessage::Observed { .. });
+        if let LockMessage::Revoke { resource, .. } = &message {
+            self.metrics.lock_revokes_received[metric_class(resource.class)].increment();
+        }
         let thawed = match &message {
             LockMessage::Thaw { resource, .. } => Some(*resource),
             _ => None,
@@ -397,6 +416,7 @@ impl Volume {
             ClientEffect::Observed { token } => self.finish_pin(token, Ok(Outcome::Observed)),
             ClientEffect::Vacate { fence, resource, range, held, grant, keep, successor } => {
                 let began = Instant::now();
+                let held_for = Duration::from_millis(self.ticks().saturating_sub(*since));
                 match resource.class {
                     Class::Data => {
                         let volume = self.clone();
@@ -405,7 +425,7 @@ impl Volume {
                             volume.metrics.lock_revoke.record(began.elapsed());
                             let outcome = if hand_over.is_some() { Vacated::HandedOver } else { Vacated::WrittenBack };
                             // Refused: somebody has been in meanwhile, or the successor is gone; the work comes again.
-                            if volume.finish_vacate(fence, outcome)
+                            if volume.finish_vacate(fence, outcome, (resource.class, held_for))
                                 && let Some((slot, message)) = hand_over
                             {
                                 volume.send(slot, Message::HandOver(message));
@@ -416,10 +436,10 @@ impl Volume {
                         if keep.is_none() && !self.mutated("names_kept_after_revoke") {
                             self.names.borrow_mut().drop_range(resource.ino, range);
                         }
-                        self.finish_vacate(fence, Vacated::WrittenBack);
+                        self.finish_vacate(fence, Vacated::WrittenBack, (resource.class, held_for));
                     }
                     Class::Attr | Class::Open | Class::Rename => {
-                        self.finish_vacate(fence, Vacated::WrittenBack);
+                        self.finish_vacate(fence, Vacated::WrittenBack, (resource.class, held_for));
                     }
                 }
             }
@@ -466,13 +486,16 @@ impl Volume {
         }
     }
 
-    fn finish_vacate(&self, fence: verbfs_lock::FenceId, outcome: Vacated) -> bool {
+    fn finish_vacate(&self, fence: verbfs_lock::FenceId, outcome: Vacated, held_for: (Class, Duration)) -> bool {
         let mut effects = Vec::new();
         let accepted = self.lock_client.borrow_mut().vacated(fence, outcome, self.ticks(), &mut effects);
         self.client_effects.borrow_mut().extend(effects);
         accepted
     }
 
+        if accepted {
+            self.metrics.lock_hold[metric_class(held_for.0)].record(held_for.1);
+        }
     /// HANDOVER from an old holder.
     pub(crate) fn receive_hand_over(self: &Rc<Self>, from: Slot, hand_over: HandOver) {
         let HandOver { resource, range, new_grant, .. } = hand_over;

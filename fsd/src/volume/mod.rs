@@ -226,7 +226,7 @@ pub struct Volume {
     pub(crate) hand_overs: RefCell<locks::HandOvers>,
     pub(crate) glimpse_answers: RefCell<HashMap<u64, Option<Box<Attributes>>>>,
     /// What waiting requests are about whose answer brings attributes or entries.
-    pub(crate) asked: RefCell<HashMap<RequestId, (Resource, Range)>>,
+    pub(crate) asked: RefCell<HashMap<RequestId, locks::Asked>>,
     pub(crate) next_number: Cell<u64>,
 
     pub(crate) store: RefCell<verbfs_namespace::Store>,

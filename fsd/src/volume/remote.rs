@@ -4,6 +4,7 @@
 //! ends with EIO after the peer time-out; a connection that only broke is made again, and its session loses nothing.
 
 use super::*;
+use crate::metrics::Direction;
 
 pub(crate) struct Call {
     slot: Slot,
@@ -74,6 +75,7 @@ impl Volume {
             Ok((source, message.clone()))
         );
         self.metrics.messages_sent[metric_lane(lane)].increment();
+        self.metrics.message_bytes[Direction::Sent].add(record.len() as u64);
         let sent = match self.transport.borrow_mut().as_mut() {
             Some(transport) => transport.send(to, lane, &record),
             None => Err("this node has no fabric".to_string()),
@@ -119,6 +121,7 @@ impl Volume {
         match event {
             TransportEvent::Message { slot, record } => match Message::from_record(&record) {
                 Ok((source, message)) => {
+                    self.metrics.message_bytes[Direction::Received].add(record.len() as u64);
                     let node = self.peers.borrow().get(&slot).and_then(|peer| peer.node);
                     if source.slot != slot || Some(source.node_incarnation) != node.map(|node| node.incarnation) {
                         self.refuse(slot, "a message under another node's name");
@@ -130,6 +133,9 @@ impl Volume {
                 Err(error) => self.refuse(slot, &error.to_string()),
             },
             TransportEvent::Completed { work, ok } => {
+                if !ok {
+                    self.metrics.fabric_errors.increment();
+                }
                 let sender = self.transfers.borrow_mut().remove(&work);
                 if let Some(sender) = sender {
                     sender.send(ok);

@@ -765,7 +765,7 @@ impl World {
                         self.unpin_all(slot, operation);
                     }
                 }
-                ClientEffect::Vacate { fence, resource, range, held, grant, keep, successor } => {
+                ClientEffect::Vacate { fence, resource, range, held, grant, keep, successor, .. } => {
                     // Handed back: the pages are this node's again.
                     let back: Vec<(GrantId, u64)> = self.nodes[slot as usize]
                         .transits
