@@ -56,6 +56,8 @@ enum State {
     /// Reserved for a page whose bytes are on their way.
     Fetching,
     Ready,
+    /// Of no page any more, while a one-sided operation may still read or write its bytes: free when that has ended.
+    Orphan,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -66,6 +68,8 @@ struct SlotInfo {
     dirty: bool,
     write_back: bool,
     transit: bool,
+    /// Was dirty when it was put aside for a successor.
+    transit_dirty: bool,
     referenced: bool,
 }
 
@@ -76,6 +80,7 @@ const FREE: SlotInfo = SlotInfo {
     dirty: false,
     write_back: false,
     transit: false,
+    transit_dirty: false,
     referenced: false,
 };
 
@@ -96,12 +101,12 @@ pub struct PageCache {
     dirty: HashMap<Ino, BTreeSet<u64>>,
     dirty_pages: usize,
     writing_pages: usize,
+    evictions: u64,
 }
 
 impl PageCache {
     pub fn new(memory: Box<dyn CacheMemory>) -> PageCache {
         let count = memory.length() / PAGE_SIZE as usize;
-    evictions: u64,
         PageCache {
             memory,
             slots: vec![FREE; count],
@@ -111,12 +116,12 @@ impl PageCache {
             dirty: HashMap::new(),
             dirty_pages: 0,
             writing_pages: 0,
+            evictions: 0,
         }
     }
 
     /// Slots in all.
     pub fn capacity(&self) -> usize {
-            evictions: 0,
         self.slots.len()
     }
     pub fn used(&self) -> usize {
@@ -125,21 +130,22 @@ impl PageCache {
     pub fn dirty_pages(&self) -> usize {
         self.dirty_pages
     }
+    /// Clean pages dropped to make room, ever.
+    pub fn evictions(&self) -> u64 {
+        self.evictions
+    }
     /// Pages under write-back.
     pub fn writing_pages(&self) -> usize {
         self.writing_pages
     }
 
-    /// Clean pages dropped to make room, ever.
-    pub fn evictions(&self) -> u64 {
-        self.evictions
-    }
     pub fn presence(&self, ino: Ino, page: u64) -> Presence {
         match self.files.get(&ino).and_then(|pages| pages.get(&page)) {
             None => Presence::Absent,
             Some(&index) => match self.slots[index as usize].state {
                 State::Ready => Presence::Ready(SlotIndex(index)),
-                _ => Presence::Fetching,
+                State::Fetching => Presence::Fetching,
+                State::Free | State::Orphan => unreachable!("such a slot is of no page"),
             },
         }
     }
@@ -174,13 +180,13 @@ impl PageCache {
             }
             let (ino, page) = (info.ino, info.page);
             self.forget(ino, page);
+            self.evictions += 1;
             return self.free.pop();
         }
         None
     }
 
     fn place(&mut self, ino: Ino, page: u64, state: State) -> Option<SlotIndex> {
-            self.evictions += 1;
         debug_assert_eq!(self.presence(ino, page), Presence::Absent);
         let index = self.take_slot()?;
         self.slots[index as usize] = SlotInfo { ino, page, state, referenced: true, ..FREE };
@@ -188,7 +194,8 @@ impl PageCache {
         Some(SlotIndex(index))
     }
 
-    /// A slot for a page whose bytes will be fetched into it; [`PageCache::fetched`] or [`PageCache::abandon`] must follow.
+    /// A slot for a page whose bytes will be fetched into it; [`PageCache::fetched`] or [`PageCache::abandon`] must follow, once
+    /// no operation writes into it any more.
     pub fn reserve(&mut self, ino: Ino, page: u64) -> Option<SlotIndex> {
         self.place(ino, page, State::Fetching)
     }
@@ -198,22 +205,33 @@ impl PageCache {
         self.place(ino, page, State::Ready)
     }
 
-    /// The bytes of a reserved page are there.
-    pub fn fetched(&mut self, ino: Ino, page: u64) {
-        if let Some(&index) = self.files.get(&ino).and_then(|pages| pages.get(&page)) {
-            self.slots[index as usize].state = State::Ready;
+    /// The bytes of a reserved slot are there. `false`: its page was dropped meanwhile, and the slot is free now.
+    pub fn fetched(&mut self, slot: SlotIndex) -> bool {
+        let info = &mut self.slots[slot.0 as usize];
+        if info.state == State::Orphan {
+            self.release_slot(slot.0);
+            return false;
         }
+        debug_assert_eq!(info.state, State::Fetching);
+        info.state = State::Ready;
+        true
     }
 
-    /// The bytes of a reserved page will not come.
-    pub fn abandon(&mut self, ino: Ino, page: u64) {
-        self.forget(ino, page);
+    /// The bytes of a reserved slot will not come.
+    pub fn abandon(&mut self, slot: SlotIndex) {
+        let SlotInfo { ino, page, state, .. } = self.slots[slot.0 as usize];
+        debug_assert!(matches!(state, State::Fetching | State::Orphan));
+        if state == State::Fetching {
+            self.unmap(ino, page);
+        }
+        self.release_slot(slot.0);
     }
 
     pub fn mark_dirty(&mut self, slot: SlotIndex) {
         let info = &mut self.slots[slot.0 as usize];
         debug_assert_eq!(info.state, State::Ready);
-        debug_assert!(!info.transit);
+        // In transit it may be: who passes a fence writes to what is kept for a successor. The fence is not given up then, and
+        // end_transit follows.
         info.referenced = true;
         if !info.dirty {
             info.dirty = true;
@@ -255,7 +273,9 @@ impl PageCache {
         debug_assert!(info.write_back);
         info.write_back = false;
         self.writing_pages -= 1;
-        if !committed {
+        if info.state == State::Orphan {
+            self.release_slot(slot.0);
+        } else if !committed {
             self.mark_dirty(slot);
         }
     }
@@ -268,31 +288,52 @@ impl PageCache {
     pub fn begin_transit(&mut self, slot: SlotIndex) -> bool {
         let was_dirty = self.slots[slot.0 as usize].dirty;
         self.clear_dirty(slot.0);
-        self.slots[slot.0 as usize].transit = true;
+        let info = &mut self.slots[slot.0 as usize];
+        info.transit = true;
+        info.transit_dirty = was_dirty;
         was_dirty
     }
 
-    /// The successor is gone: the page is this node's again, dirty.
+    /// The successor is gone: the page is this node's again, dirty if it was.
     pub fn end_transit(&mut self, slot: SlotIndex) {
-        self.slots[slot.0 as usize].transit = false;
-        self.mark_dirty(slot);
+        let info = &mut self.slots[slot.0 as usize];
+        info.transit = false;
+        if std::mem::take(&mut info.transit_dirty) {
+            self.mark_dirty(slot);
+        }
+    }
+
+    /// Whether the page is kept for a successor and was dirty.
+    pub fn is_transit_dirty(&self, slot: SlotIndex) -> bool {
+        self.slots[slot.0 as usize].transit_dirty
     }
 
     pub fn is_transit(&self, slot: SlotIndex) -> bool {
         self.slots[slot.0 as usize].transit
     }
 
-    /// Drops a page, dirty or not.
+    /// Drops a page, dirty or not. Its slot is free at once, or when the operation on it has ended.
     pub fn forget(&mut self, ino: Ino, page: u64) {
-        let Some(pages) = self.files.get_mut(&ino) else { return };
-        let Some(index) = pages.remove(&page) else { return };
+        let Some(index) = self.unmap(ino, page) else { return };
+        self.clear_dirty(index);
+        let info = &mut self.slots[index as usize];
+        if info.write_back || info.state == State::Fetching {
+            info.state = State::Orphan;
+        } else {
+            self.release_slot(index);
+        }
+    }
+
+    fn unmap(&mut self, ino: Ino, page: u64) -> Option<u32> {
+        let pages = self.files.get_mut(&ino)?;
+        let index = pages.remove(&page)?;
         if pages.is_empty() {
             self.files.remove(&ino);
         }
-        self.clear_dirty(index);
-        if self.slots[index as usize].write_back {
-            self.writing_pages -= 1;
-        }
+        Some(index)
+    }
+
+    fn release_slot(&mut self, index: u32) {
         self.slots[index as usize] = FREE;
         self.free.push(index);
     }
@@ -340,7 +381,7 @@ impl PageCache {
             for (page, &index) in pages {
                 let info = &self.slots[index as usize];
                 assert_eq!((info.ino, info.page), (*ino, *page));
-                assert_ne!(info.state, State::Free);
+                assert!(matches!(info.state, State::Fetching | State::Ready));
                 used += 1;
                 if info.dirty {
                     dirty += 1;
@@ -348,7 +389,9 @@ impl PageCache {
                 }
             }
         }
+        used += self.slots.iter().filter(|info| info.state == State::Orphan).count();
         assert_eq!(used, self.used());
+        assert_eq!(self.writing_pages, self.slots.iter().filter(|info| info.write_back).count());
         assert_eq!(dirty, self.dirty_pages);
         assert_eq!(dirty, self.dirty.values().map(BTreeSet::len).sum::<usize>());
     }
@@ -399,6 +442,33 @@ mod tests {
         cache.begin_write_back(slot);
         cache.end_write_back(slot, false);
         assert_eq!(cache.dirty_in(Ino(1), Range::ALL), vec![0], "a failed write-back leaves the page dirty");
+        cache.check();
+    }
+
+    #[test]
+    fn a_slot_is_not_used_again_while_an_operation_is_on_it() {
+        let mut cache = cache(2);
+        let (lost, other) = (Ino(1), Ino(2));
+        let fetching = cache.reserve(lost, 0).unwrap();
+        let writing = cache.insert(lost, 1).unwrap();
+        cache.mark_dirty(writing);
+        cache.begin_write_back(writing);
+        for page in 0..2 {
+            cache.forget(lost, page);
+            assert_eq!(cache.presence(lost, page), Presence::Absent);
+        }
+        cache.check();
+        assert!(cache.reserve(other, 0).is_none(), "both slots are still being read or written");
+        assert!(!cache.fetched(fetching), "its page is gone");
+        let slot = cache.reserve(other, 0).unwrap();
+        assert_eq!(slot, fetching);
+        cache.end_write_back(writing, false);
+        cache.check();
+        let second = cache.reserve(lost, 1).unwrap();
+        assert_eq!(second, writing);
+        assert!(cache.fetched(second));
+        cache.abandon(slot);
+        assert_eq!((cache.used(), cache.dirty_pages(), cache.writing_pages()), (1, 0, 0));
         cache.check();
     }
 

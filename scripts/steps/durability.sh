@@ -171,6 +171,32 @@ locks_freed() { # another mount
     done
 }
 
+# A node dies that stores pages another node is just writing back, in a hole of a file whose home lives: they are lost, the writer's
+# next fsync says so, once, and the writer is as well as before. The writer is node 0, the storing node 1, the home 2.
+lost_pages_prepare() {
+    local chunk
+    truncate -s 8M "$1"
+    sync "$1"
+    # One of these is stored on node 1.
+    for chunk in 0 1 2; do put "$1" "new$chunk" $((chunk * 1048576)); done
+}
+lost_pages_are_told() {
+    fails_in_time 'Input/output error' sync "$1"
+    works_in_time sync "$1"
+    put "$1" again $((5 * 1048576))
+    works_in_time sync "$1"
+    same 'what was written afterwards' again "$(dd if="$DIR/mnt/2/d2/lost" bs=1 skip=$((5 * 1048576)) count=5 status=none)"
+    rm "$1"
+}
+nothing_stays_dirty() {
+    sync -f "$DIR/mnt/0" && sync -f "$DIR/mnt/1" && sync -f "$DIR/mnt/2"
+    local slot
+    for slot in 0 1 2; do
+        within 20 bash -c "'$VERBFS' status --config '$DIR/verbfs.toml' --slot $slot --json | tee '$DIR/status' | grep -Eq '\"dirty\": *0([^0-9]|$)'" ||
+            { cat "$DIR/status"; return 1; }
+    done
+}
+
 start_cluster
 check make_directories 20 make_directories
 for home in 0 1 2; do
@@ -243,5 +269,19 @@ for victim in ${VICTIMS:-1 2 0}; do
     check "serves_after_writers_$victim" 60 serves_again
     check "all_live_$victim" 5 alive
 done
+
+echo "== pages die with the node that stores them"
+for round in 1 2; do
+    exec {LOST}<> "$DIR/mnt/0/d2/lost"
+    check "lost_pages_prepare_$round" 20 lost_pages_prepare "$DIR/mnt/0/d2/lost"
+    # Stopped, so that the background write-back of every few seconds gets as far as waiting for its commit.
+    kill -STOP "${DAEMON[1]}"
+    sleep 7
+    kill_node 1
+    restart_node 1
+    check "lost_pages_are_told_$round" 60 lost_pages_are_told "$DIR/mnt/0/d2/lost"
+    exec {LOST}>&-
+done
+check nothing_stays_dirty 60 nothing_stays_dirty
 if stop_cluster; then pass cluster_stops_well; else fail cluster_stops_well 'see above'; fi
 finish

@@ -796,15 +796,15 @@ impl Volume {
             if cache.presence(ino, page) == Presence::Absent {
                 match cache.reserve(ino, page) {
                     Some(slot) => {
-                        taken.push(page);
+                        taken.push(slot);
                         let covered = page * PAGE_SIZE >= offset && (page + 1) * PAGE_SIZE <= end;
                         if !covered {
                             cache.bytes(slot).fill(0);
                         }
                     }
                     None => {
-                        for page in taken {
-                            cache.abandon(ino, page);
+                        for slot in taken {
+                            cache.abandon(slot);
                         }
                         return Copied::NoRoom;
                     }

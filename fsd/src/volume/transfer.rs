@@ -18,7 +18,8 @@ pub(crate) const SPARE_PAGES_MAX: u64 = 1 << 18;
 /// One one-sided operation.
 struct Run {
     slot: Slot,
-    arena_page: u64,
+    /// First page at `slot`: of its arena, or of its cache.
+    page: u64,
     first: SlotIndex,
     pages: usize,
 }
@@ -30,7 +31,7 @@ fn runs(mut pages: Vec<(Slot, u64, SlotIndex)>) -> Vec<Run> {
     for (slot, arena_page, index) in pages {
         if let Some(last) = runs.last_mut()
             && last.slot == slot
-            && last.arena_page + last.pages as u64 == arena_page
+            && last.page + last.pages as u64 == page
             && last.first.offset() + last.pages * PAGE_SIZE as usize == index.offset()
         {
             last.pages += 1;
@@ -57,7 +58,7 @@ impl Volume {
                 }
                 let Some(index) = cache.reserve(ino, page) else { break };
                 wanted.push((layout.slot_of_page(page), extent.arena_page, index));
-                reserved.push(page);
+                reserved.push(index);
             }
         }
         if reserved.is_empty() {
@@ -67,13 +68,16 @@ impl Volume {
             }
             return Ok(());
         }
-        let guard = Reserved { volume: self.clone(), ino, pages: reserved, done: Cell::new(false) };
         let outcome = self.read_runs(runs(wanted)).await;
         if outcome.is_ok() {
             guard.done.set(true);
             let mut cache = self.cache.borrow_mut();
-            for page in &guard.pages {
-                cache.fetched(ino, *page);
+            for index in reserved {
+                if outcome.is_err() {
+                    cache.abandon(index);
+                } else {
+                    cache.fetched(index);
+                }
             }
         }
         drop(guard);
@@ -81,53 +85,59 @@ impl Volume {
         outcome
     }
 
+        self.metrics.cache_misses.add(runs.iter().map(|run| run.pages as u64).sum());
+        self.move_runs(runs, FabricOperation::Read).await
+    }
+
+    /// Writes from the cache into arenas; otherwise as [`Volume::read_runs`].
+    async fn write_runs(self: &Rc<Self>, runs: Vec<Run>) -> Result<()> {
+        self.metrics.write_back_pages.add(runs.iter().map(|run| run.pages as u64).sum());
+        self.move_runs(runs, FabricOperation::Write).await
+    }
+
+    async fn move_runs(self: &Rc<Self>, runs: Vec<Run>, operation: FabricOperation) -> Result<()> {
     /// Reads from arenas into the cache.
     async fn read_runs(self: &Rc<Self>, runs: Vec<Run>) -> Result<()> {
         let mut waiting = Vec::new();
         for run in runs {
-            let length = run.pages * PAGE_SIZE as usize;
-            if run.slot == self.slot() {
-                self.check_arena(run.arena_page, run.pages)?;
-                let extents = self.extents.borrow();
-                let mut cache = self.cache.borrow_mut();
-                for page in 0..run.pages {
-                    let index = run.first.plus(page);
-                    extents.arena().copy_out((run.arena_page + page as u64) * PAGE_SIZE, cache.bytes(index));
-                }
-                self.metrics.cache_misses.add(run.pages as u64);
-                continue;
+            let moved = if run.slot == self.slot() {
+                self.copy_run(&run, operation)
+            } else {
+                let key = self.arena_keys.borrow().get(&run.slot).copied().ok_or(Errno::EIO);
+                key.and_then(|key| self.post_run(&run, key, operation)).map(|receiver| waiting.push(receiver))
+            };
+            if moved.is_err() {
+                outcome = moved;
+                break;
             }
-            let key = self.arena_keys.borrow().get(&run.slot).copied().ok_or(Errno::EIO)?;
-            waiting.push(self.post(run.slot, true, run.first.offset(), key, run.arena_page * PAGE_SIZE, length)?);
-            self.metrics.cache_misses.add(run.pages as u64);
-            self.metrics.fabric_operations[FabricOperation::Read].increment();
-            self.metrics.fabric_bytes[FabricOperation::Read].add(length as u64);
         }
         self.finish(waiting).await
     }
 
-    async fn write_runs(self: &Rc<Self>, runs: Vec<Run>) -> Result<()> {
-        let mut waiting = Vec::new();
-        for run in runs {
-            let length = run.pages * PAGE_SIZE as usize;
-            if run.slot == self.slot() {
-                self.check_arena(run.arena_page, run.pages)?;
-                let extents = self.extents.borrow();
-                let mut cache = self.cache.borrow_mut();
-                for page in 0..run.pages {
-                    let index = run.first.plus(page);
-                    extents.arena().copy_in((run.arena_page + page as u64) * PAGE_SIZE, cache.bytes(index));
-                }
-                self.metrics.write_back_pages.add(run.pages as u64);
-                continue;
+    /// Between the cache and this node's own arena.
+    fn copy_run(&self, run: &Run, operation: FabricOperation) -> Result<()> {
+        self.check_arena(run.page, run.pages)?;
+        let extents = self.extents.borrow();
+        let mut cache = self.cache.borrow_mut();
+        for page in 0..run.pages {
+            let bytes = cache.bytes(run.first.plus(page));
+            let offset = (run.page + page as u64) * PAGE_SIZE;
+            match operation {
+                FabricOperation::Read => extents.arena().copy_out(offset, bytes),
+                _ => extents.arena().copy_in(offset, bytes),
             }
-            let key = self.arena_keys.borrow().get(&run.slot).copied().ok_or(Errno::EIO)?;
-            waiting.push(self.post(run.slot, false, run.first.offset(), key, run.arena_page * PAGE_SIZE, length)?);
-            self.metrics.write_back_pages.add(run.pages as u64);
-            self.metrics.fabric_operations[FabricOperation::Write].increment();
-            self.metrics.fabric_bytes[FabricOperation::Write].add(length as u64);
         }
-        self.finish(waiting).await
+        Ok(())
+    }
+
+    /// Between the cache and the memory of `key` of another node.
+    fn post_run(&self, run: &Run, key: u32, operation: FabricOperation) -> Result<Receiver<bool>> {
+        let length = run.pages * PAGE_SIZE as usize;
+        let read = operation == FabricOperation::Read;
+        let receiver = self.post(run.slot, read, run.first.offset(), key, run.page * PAGE_SIZE, length)?;
+        self.metrics.fabric_operations[operation].increment();
+        self.metrics.fabric_bytes[operation].add(length as u64);
+        Ok(receiver)
     }
 
     fn check_arena(&self, page: u64, pages: usize) -> Result<()> {
@@ -515,6 +525,19 @@ impl Volume {
     /// The successor has everything.
     pub(crate) fn drop_transit(&self, resource: Resource, range: Range) {
         self.forget_pages(resource, range);
+    /// Pages of a range on one server whose bytes nobody has committed: dirty, under write-back, or kept for a successor.
+    fn unsaved_in(&self, resource: Resource, range: Range) -> usize {
+        let layout = self.files.borrow().get(&resource.ino).and_then(|file| file.layout.clone());
+        let cache = self.cache.borrow();
+        let unsaved = |page: &u64| {
+            layout.as_ref().is_none_or(|layout| layout.slot_of_page(*page) == resource.server)
+                && cache
+                    .slot_of(resource.ino, *page)
+                    .is_some_and(|slot| cache.is_dirty(slot) || cache.is_writing(slot) || cache.is_transit_dirty(slot))
+        };
+        cache.pages_in(resource.ino, range).iter().filter(|page| unsaved(page)).count()
+    }
+
         self.cache_changed.notify();
         self.prune_file(resource.ino);
     }
@@ -523,9 +546,9 @@ impl Volume {
     pub(crate) fn lose(&self, resource: Resource, range: Range, mode: Mode) {
         match resource.class {
             Class::Data => {
-                let dirty = self.cache.borrow().dirty_in(resource.ino, range).len();
-                if dirty > 0 && mode == Mode::X {
-                    tracing::error!(%resource, %range, dirty, "dirty pages lost with their lock");
+                let lost = self.unsaved_in(resource, range);
+                if lost > 0 && mode == Mode::X {
+                    tracing::error!(%resource, %range, lost, "dirty pages lost with their lock");
                     self.files.borrow_mut().entry(resource.ino).or_default().error = Some(Errno::EIO);
                     self.metrics.write_back_errors.add(dirty as u64);
                 }
@@ -570,12 +593,11 @@ impl Volume {
                     Some(index) => break index,
                     None => self.make_room().await,
                 }
+        let posted: Vec<_> =
+            runs(wanted).iter().map(|run| self.post_run(run, message.key, FabricOperation::Read)).collect();
             };
-            reserved.push((page.page, page.dirty));
-            match self.post(from, true, index.offset(), message.key, page.offset, PAGE_SIZE as usize) {
-                Ok(receiver) => waiting.push(receiver),
-                Err(_) => break,
-            }
+            reserved.push((index, page.dirty));
+            wanted.push((from, page.offset / PAGE_SIZE, index));
         }
         self.metrics.hand_over_pages[Direction::Received].add(message.pages.len() as u64);
         self.metrics.fabric_bytes[FabricOperation::Read].add(message.pages.len() as u64 * PAGE_SIZE);
@@ -595,14 +617,11 @@ impl Volume {
             }
         }
         let mut cache = self.cache.borrow_mut();
-        for (page, dirty) in reserved {
-            if ok {
-                cache.fetched(ino, page);
-                if dirty && let Some(index) = cache.slot_of(ino, page) {
-                    cache.mark_dirty(index);
-                }
-            } else {
-                cache.abandon(ino, page);
+        for (index, dirty) in reserved {
+            if !ok {
+                cache.abandon(index);
+            } else if cache.fetched(index) && dirty {
+                cache.mark_dirty(index);
             }
         }
         ok
@@ -679,25 +698,6 @@ impl Volume {
     /// Servers that store a file's pages, with the hull of `range` on each.
     pub(crate) fn data_resources(&self, ino: Ino, layout: &Layout, range: Range) -> Vec<(Resource, Range)> {
         hulls(layout, range).into_iter().map(|(slot, hull)| (Resource::data(ino, slot), hull)).collect()
-    }
-}
-
-/// Pages reserved for a fetch: abandoned unless the fetch ends well.
-struct Reserved {
-    volume: Rc<Volume>,
-    ino: Ino,
-    pages: Vec<u64>,
-    done: Cell<bool>,
-}
-
-impl Drop for Reserved {
-    fn drop(&mut self) {
-        if !self.done.get() {
-            let mut cache = self.volume.cache.borrow_mut();
-            for page in &self.pages {
-                cache.abandon(self.ino, *page);
-            }
-        }
     }
 }
 
