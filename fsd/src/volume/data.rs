@@ -21,9 +21,6 @@ use verbfs_lock::PinKind;
 pub const PIECE_MAX: u64 = 1 << 20;
 /// Largest file, bytes: what off_t holds, less a page.
 pub const FILE_MAX: u64 = i64::MAX as u64 - PAGE_SIZE;
-/// Whether pages are allocated ahead of a writer. Off: with it one history in a hundred lost a page whose extent was
-/// freed under it (docs/status.md).
-pub(crate) const ALLOCATE_AHEAD: bool = false;
 /// All pages a file may have.
 pub(crate) const ALL_PAGES: Range = Range::new(0, u64::MAX);
 
@@ -39,10 +36,11 @@ pub(crate) struct FileState {
     pub extents: std::collections::BTreeMap<u64, Extent>,
     /// Pages whose layout is known: those without an extent are holes.
     pub known: RangeSet,
-    /// Counts how often layout was forgotten: an answer asked for before may be out of date beyond what was pinned.
-    pub layout_forgotten: u64,
-    /// Pages allocated ahead, under DATA X: they have extents, hold nothing, and do not count as the file's yet. Of what this
-    /// node holds X on, every uncommitted page is either dirty here or spare here.
+    /// Questions about extents that are out, by number: whom, and for which pages the answer will still be true. What is
+    /// forgotten meanwhile is not learnt from an answer that was on its way.
+    pub asked: Vec<(u64, Slot, RangeSet)>,
+    /// Pages allocated ahead, under DATA X: they have extents, are not in the cache, and do not count as the file's yet. Of what
+    /// this node holds X on and knows, every uncommitted page is in the cache, about to be written under a pin, or spare.
     pub spare: RangeSet,
     /// Pages that the kernel may cache. While the file is open for writing here, all of them are under X.
     pub kernel: RangeSet,
@@ -81,7 +79,7 @@ impl FileState {
                 let arena_page = extent.arena_page + (part.lo - extent.page);
                 self.extents.insert(part.lo, Extent { page: part.lo, arena_page, pages: part.len(), ..*extent });
                 if !extent.committed {
-                    for page in (part.lo..part.hi).filter(|page| !dirty(*page)) {
+                    for page in (part.lo..part.hi).filter(|page| !cached(*page)) {
                         self.spare.insert(Range::new(page, page + 1));
                     }
                 }
@@ -120,19 +118,48 @@ impl FileState {
         taken
     }
 
+    /// Those parts of ranges that a server stores.
+    pub fn stored_by(&self, server: Slot, ranges: impl Iterator<Item = Range>) -> Vec<Range> {
+        match &self.layout {
+            Some(layout) if layout.slots.len() > 1 => ranges
+                .flat_map(|range| pieces(layout, range))
+                .filter(|(slot, _)| *slot == server)
+                .map(|(_, piece)| piece)
+                .collect(),
+            _ => ranges.collect(),
+        }
+    }
+
+    /// What of `range` is spare on a server.
+    pub fn spare_of(&self, server: Slot, range: Range) -> Vec<Range> {
+        let within = self.spare.iter().filter(|piece| piece.overlaps(range)).map(|piece| piece.intersect(range));
+        self.stored_by(server, within)
+    }
+
     /// What no write-back has committed goes with DATA X: the server frees it at the release.
-    pub fn forget_uncommitted(&mut self, range: Range) {
+    pub fn forget_uncommitted(&mut self, server: Slot, range: Range) {
+        self.void_answers(Some(server), range);
         // Also what came with a hand-over and whose place was never asked for: it must not outlive the lock.
-        self.spare.remove(range);
-        let uncommitted: Vec<Range> = self
+        for part in self.spare_of(server, range) {
+            self.spare.remove(part);
+        }
+        let uncommitted = self
             .extents
             .values()
             .filter(|extent| !extent.committed)
             .map(|extent| Range::new(extent.page, extent.page + extent.pages).intersect(range))
-            .filter(|part| !part.is_empty())
-            .collect();
-        for part in uncommitted {
+            .filter(|part| !part.is_empty());
+        for part in self.stored_by(server, uncommitted) {
             self.forget_layout(part);
+        }
+    }
+
+    /// What is on its way from a server (from any) says nothing about `range` any more.
+    pub fn void_answers(&mut self, server: Option<Slot>, range: Range) {
+        for (_, slot, valid) in &mut self.asked {
+            if server.is_none_or(|server| server == *slot) {
+                valid.remove(range);
+            }
         }
     }
 
@@ -157,7 +184,7 @@ impl FileState {
     }
 
     pub fn forget_layout(&mut self, range: Range) {
-        self.layout_forgotten += 1;
+        self.void_answers(None, range);
         self.drop_layout(range);
     }
 
@@ -339,7 +366,7 @@ impl Volume {
         }
     }
 
-    fn with_file<T>(&self, ino: Ino, f: impl FnOnce(&mut FileState) -> T) -> T {
+    pub(crate) fn with_file<T>(&self, ino: Ino, f: impl FnOnce(&mut FileState) -> T) -> T {
         f(self.files.borrow_mut().entry(ino).or_default())
     }
 
@@ -354,6 +381,7 @@ impl Volume {
             && file.sweeping.is_empty()
             && file.writing.is_empty()
             && file.extents.is_empty()
+            && file.asked.is_empty()
             && self.cache.borrow().pages_in(ino, Range::ALL).is_empty()
             && !self.open_files.borrow().values().any(|open| open.ino == ino)
         {
@@ -375,29 +403,33 @@ impl Volume {
                 Some(_) if chunk.contains(piece) => chunk,
                 _ => piece,
             };
-            let forgotten = self.with_file(ino, |file| file.layout_forgotten);
-            let (extents, _) = self.request_extents(slot, Request::Layout { ino, range: asked }).await?;
-            self.learn_answer(ino, piece, asked, forgotten, &extents);
+            self.ask_extents(ino, slot, asked, Request::Layout { ino, range: asked }).await?;
         }
         Ok(())
     }
 
-    /// Takes in what a server answered about `asked`, of which `pinned` is pinned. What is known meanwhile is newer: this node
-    /// may have allocated there. And where a lock went meanwhile, only what is pinned is still true.
-    fn learn_answer(&self, ino: Ino, pinned: Range, asked: Range, forgotten: u64, extents: &[Extent]) {
+    /// Asks a server about extents and learns what it answers about `asked`. What is known meanwhile is newer, for this node may
+    /// have allocated there; what was forgotten meanwhile stays so: its lock is gone or the pages are.
+    async fn ask_extents(self: &Rc<Self>, ino: Ino, slot: Slot, asked: Range, request: Request) -> Result<u64> {
+        let number = self.number();
+        let mut valid = RangeSet::default();
+        valid.insert(asked);
+        self.with_file(ino, |file| file.asked.push((number, slot, valid)));
+        let outcome = self.request_extents(slot, request).await;
         let cache = self.cache.borrow();
-        let dirty = |page| {
-            !ALLOCATE_AHEAD
-                || cache.slot_of(ino, page).is_some_and(|slot| cache.is_dirty(slot) || cache.is_writing(slot))
-        };
         self.with_file(ino, |file| {
-            let answered = if file.layout_forgotten == forgotten { asked } else { pinned };
-            file.learn_new(answered, extents, dirty);
-        });
+            let index = file.asked.iter().position(|(other, ..)| *other == number).expect("a file that asks is kept");
+            let (_, _, valid) = file.asked.swap_remove(index);
+            let (extents, new) = outcome?;
+            for part in valid.iter() {
+                file.learn_new(part, &extents, |page| cache.presence(ino, page) != Presence::Absent);
+            }
+            Ok(new)
+        })
     }
 
     /// Has every page of a range allocated, under a DATA X pin. Returns the pages that were new to the file. `zero`: those that
-    /// were are zeros in the arena, and stay.
+    /// were are zeros in the arena, and stay; the pin is exclusive.
     ///
     /// # Errors
     /// ENOSPC: nothing may be dirtied.
@@ -408,34 +440,49 @@ impl Volume {
         range: Range,
         zero: bool,
     ) -> Result<u64> {
+        let mut taken = Vec::new();
+        let outcome = self.allocate_pieces(ino, layout, range, zero, &mut taken).await;
+        self.with_file(ino, |file| match outcome {
+            Ok(allocated) => Ok(allocated + taken.iter().map(|part| part.len()).sum::<u64>()),
+            Err(error) => {
+                // What of it still has its place here was not written, and is spare again.
+                for page in taken.iter().flat_map(|part| part.lo..part.hi) {
+                    if file.extent_of(page).is_some_and(|extent| !extent.committed) {
+                        file.spare.insert(Range::new(page, page + 1));
+                    }
+                }
+                Err(error)
+            }
+        })
+    }
+
+    async fn allocate_pieces(
+        self: &Rc<Self>,
+        ino: Ino,
+        layout: &Layout,
+        range: Range,
+        zero: bool,
+        taken: &mut Vec<Range>,
+    ) -> Result<u64> {
         if zero {
             // What is spare goes back first: the server zeroes what it allocates, not what it has allocated.
             let spare = self.with_file(ino, |file| file.take_spare(range));
             self.give_back(ino, layout, spare).await?;
         }
         let mut allocated = 0;
-        let mut taken = Vec::new();
         for (slot, piece) in pieces(layout, range) {
             if self.with_file(ino, |file| file.pages_allocated(piece) < piece.len()) {
-                let ahead =
-                    if zero || !ALLOCATE_AHEAD { piece } else { self.allocation_window(ino, layout, slot, piece) };
-                let forgotten = self.with_file(ino, |file| file.layout_forgotten);
-                match self.request_extents(slot, Request::Allocate { ino, range: piece, ahead, zero }).await {
-                    Ok((extents, new)) => {
-                        self.learn_answer(ino, piece, ahead, forgotten, &extents);
-                        if zero || !ALLOCATE_AHEAD {
-                            allocated += new;
-                        }
-                    }
-                    Err(error) => {
-                        self.with_file(ino, |file| taken.into_iter().for_each(|part| file.spare.insert(part)));
-                        return Err(error);
-                    }
+                let ahead = if zero { piece } else { self.allocation_window(ino, layout, slot, piece) };
+                let request = Request::Allocate { ino, range: piece, ahead, zero };
+                let new = self.ask_extents(ino, slot, ahead, request).await?;
+                if zero {
+                    allocated += new;
                 }
             }
+            // Only now: what came with a hand-over was spare before, and is again when its place is learnt.
             taken.extend(self.with_file(ino, |file| file.take_spare(piece)));
         }
-        Ok(allocated + taken.iter().map(|part| part.len()).sum::<u64>())
+        Ok(allocated)
     }
 
     /// What to allocate with pages of one chunk that have to be: more, the more of the chunk is allocated, so that a lonely page
@@ -454,14 +501,15 @@ impl Volume {
         self.lock_client.borrow().held_exclusively_around(Resource::data(ino, slot), piece, window)
     }
 
-    /// Gives pages back that were allocated ahead and taken out of `spare`.
-    pub(crate) async fn give_back(self: &Rc<Self>, ino: Ino, layout: &Layout, spare: Vec<Range>) -> Result<()> {
+    /// Gives pages back that were allocated ahead and taken out of `spare`, under an exclusive DATA pin on them: nobody may
+    /// take them into use while the request is on its way.
+    async fn give_back(self: &Rc<Self>, ino: Ino, layout: &Layout, spare: Vec<Range>) -> Result<()> {
         let mut by_slot: std::collections::BTreeMap<Slot, Vec<Range>> = Default::default();
         for (slot, piece) in spare.into_iter().flat_map(|range| pieces(layout, range)) {
-            debug_assert!(self.cache.borrow().dirty_in(ino, piece).is_empty(), "{ino} {piece} is spare and dirty");
-            if !self.cache.borrow().dirty_in(ino, piece).is_empty() {
-                continue;
-            }
+            debug_assert!(
+                self.cache.borrow().pages_in(ino, piece).is_empty(),
+                "{ino} {piece} is spare and in the cache"
+            );
             self.with_file(ino, |file| file.forget_layout(piece));
             by_slot.entry(slot).or_default().push(piece);
         }
@@ -473,31 +521,38 @@ impl Volume {
         Ok(())
     }
 
-    /// Gives back all that this node has spare of a file, because nobody here writes it any more, or of all files on a
-    /// server that is short of space.
+    /// Gives back what this node has spare of a file, because nobody here writes it any more, or of all files on a server
+    /// that is short of space. What is pinned, or on its way to another node, stays.
     pub(crate) async fn give_back_spare(self: &Rc<Self>, only: Option<Ino>, server: Option<Slot>) {
         let mut spare = Vec::new();
-        for (ino, file) in self.files.borrow_mut().iter_mut() {
+        for (ino, file) in self.files.borrow().iter() {
             let Some(layout) = file.layout.clone() else { continue };
             if only.is_some_and(|only| only != *ino) || file.spare.is_empty() {
                 continue;
             }
-            let taken: Vec<Range> = file
+            let parts: Vec<(Slot, Range)> = file
                 .spare
                 .iter()
                 .flat_map(|range| pieces(&layout, range))
                 .filter(|(slot, _)| server.is_none_or(|server| server == *slot))
-                .map(|(_, piece)| piece)
                 .collect();
-            for piece in &taken {
-                file.spare.remove(*piece);
-            }
-            spare.push((*ino, layout, taken));
+            spare.push((*ino, layout, parts));
         }
-        for (ino, layout, taken) in spare {
-            // A server that cannot be asked frees what is spare when it takes the lock back.
-            if let Err(error) = self.give_back(ino, &layout, taken).await {
-                tracing::debug!(%ino, ?error, "spare pages were not given back");
+        for (ino, layout, parts) in spare {
+            for parts in parts.chunks(RUNS_MAX) {
+                let mut pins = Vec::new();
+                let mut taken = Vec::new();
+                for (slot, part) in parts {
+                    let Some(pin) = self.pin_held(Resource::data(ino, *slot), *part, PinKind::Exclusive) else {
+                        continue;
+                    };
+                    pins.push(pin);
+                    taken.extend(self.with_file(ino, |file| file.take_spare(*part)));
+                }
+                // A server that cannot be asked frees what is spare when it takes the lock back.
+                if let Err(error) = self.give_back(ino, &layout, taken).await {
+                    tracing::debug!(%ino, ?error, "spare pages were not given back");
+                }
             }
         }
     }
@@ -580,6 +635,7 @@ impl Volume {
             up_to_end = true;
         }
         let mut output = Vec::new();
+        let mut fetched = false;
         loop {
             // ATTR S keeps other nodes from changing the size, not the writers of this one: where it counts, it is read
             // in the same step as the bytes.
@@ -604,6 +660,9 @@ impl Volume {
                 Copied::Wait => self.cache_changed.wait().await,
                 Copied::NoRoom => self.make_room().await,
             }
+        }
+        if !fetched {
+            self.metrics.cache_hits.add(pages_of(offset, output.len() as u64).len());
         }
         for pin in &pins {
             pin.check()?;
@@ -639,7 +698,6 @@ impl Volume {
         for page in range.lo..range.hi {
             let start = (page * PAGE_SIZE).max(offset);
             let stop = ((page + 1) * PAGE_SIZE).min(end);
-        let mut fetched = false;
             let target = &mut output[(start - offset) as usize..(stop - offset) as usize];
             match cache.presence(ino, page) {
                 Presence::Ready(slot) => {
@@ -662,9 +720,6 @@ impl Volume {
         data: Vec<u8>,
         append: bool,
         page_cache: bool,
-        if !fetched {
-            self.metrics.cache_hits.add(pages_of(offset, output.len() as u64).len());
-        }
     ) -> Result<usize> {
         let open = self.open_file(handle)?;
         let written = self.write_file(caller, open.ino, offset, &data, append, page_cache).await?;
@@ -1165,15 +1220,30 @@ mod tests {
         file.learn_new(Range::new(0, 20), &[extent(0, 4, true), extent(4, 10, false)], |page| page < 8);
         file.commit(Range::new(4, 6));
         file.spare.insert(Range::new(2, 3));
-        file.forget_uncommitted(Range::new(0, 12));
+        file.asked.push((1, 0, RangeSet::default()));
+        file.asked[0].2.insert(Range::new(0, 20));
+        file.forget_uncommitted(0, Range::new(0, 12));
         assert!(file.extent_of(5).is_some_and(|extent| extent.committed));
         assert!(file.extent_of(6).is_none() && file.extent_of(11).is_none());
         assert_eq!(file.spare.iter().collect::<Vec<_>>(), [Range::new(12, 14)]);
         assert_eq!(file.known.missing(Range::new(0, 20)), [Range::new(6, 12)]);
         // Freed: nothing of it is spare, and what an answer under way says of it does not count.
-        let forgotten = file.layout_forgotten;
         file.forget_layout(Range::new(12, 13));
         assert_eq!(file.spare.iter().collect::<Vec<_>>(), [Range::new(13, 14)]);
-        assert!(file.layout_forgotten > forgotten);
+        assert_eq!(file.asked[0].2.iter().collect::<Vec<_>>(), [Range::new(13, 20)]);
+    }
+
+    #[test]
+    fn what_goes_with_one_servers_lock_leaves_the_others_alone() {
+        let layout = Layout { slots: vec![0, 1], chunk_pages: 4 };
+        let mut file = FileState { layout: Some(Rc::new(layout)), ..Default::default() };
+        file.learn_new(Range::new(0, 16), &[extent(0, 16, false)], |_| false);
+        file.asked.push((1, 1, RangeSet::default()));
+        file.asked[0].2.insert(Range::new(0, 16));
+        assert_eq!(file.spare_of(1, Range::new(2, 14)), [Range::new(4, 8), Range::new(12, 14)]);
+        file.forget_uncommitted(0, Range::new(0, 16));
+        assert_eq!(file.spare.iter().collect::<Vec<_>>(), [Range::new(4, 8), Range::new(12, 16)]);
+        assert!(file.extent_of(0).is_none() && file.extent_of(4).is_some());
+        assert!(file.asked[0].2.contains(Range::new(4, 8)));
     }
 }

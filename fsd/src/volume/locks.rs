@@ -414,7 +414,7 @@ impl Volume {
             ClientEffect::Pinned { token } => self.finish_pin(token, Ok(Outcome::Pinned)),
             ClientEffect::PinFailed { token, errno } => self.finish_pin(token, Err(errno)),
             ClientEffect::Observed { token } => self.finish_pin(token, Ok(Outcome::Observed)),
-            ClientEffect::Vacate { fence, resource, range, held, grant, keep, successor } => {
+            ClientEffect::Vacate { fence, resource, range, held, grant, keep, successor, since } => {
                 let began = Instant::now();
                 let held_for = Duration::from_millis(self.ticks().saturating_sub(*since));
                 match resource.class {
@@ -428,6 +428,9 @@ impl Volume {
                             if volume.finish_vacate(fence, outcome, (resource.class, held_for))
                                 && let Some((slot, message)) = hand_over
                             {
+                                if let Some(file) = volume.files.borrow_mut().get_mut(&resource.ino) {
+                                    message.spare.iter().for_each(|part| file.spare.remove(*part));
+                                }
                                 volume.send(slot, Message::HandOver(message));
                             }
                         });
@@ -490,12 +493,12 @@ impl Volume {
         let mut effects = Vec::new();
         let accepted = self.lock_client.borrow_mut().vacated(fence, outcome, self.ticks(), &mut effects);
         self.client_effects.borrow_mut().extend(effects);
-        accepted
-    }
-
         if accepted {
             self.metrics.lock_hold[metric_class(held_for.0)].record(held_for.1);
         }
+        accepted
+    }
+
     /// HANDOVER from an old holder.
     pub(crate) fn receive_hand_over(self: &Rc<Self>, from: Slot, hand_over: HandOver) {
         let HandOver { resource, range, new_grant, .. } = hand_over;

@@ -292,9 +292,6 @@ impl Volume {
         let before: Vec<RangeSet> =
             inos.iter().map(|ino| self.held_exclusively(*ino, |view| view.slot == node)).collect();
         let outcome = release();
-        if !crate::volume::data::ALLOCATE_AHEAD {
-            return outcome;
-        }
         for (ino, before) in inos.into_iter().zip(before) {
             let after = self.held_exclusively(ino, |view| gone || view.slot == node);
             for given_up in before.iter().flat_map(|range| after.missing(range)) {

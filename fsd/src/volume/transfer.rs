@@ -26,9 +26,9 @@ struct Run {
 
 /// Joins neighbours.
 fn runs(mut pages: Vec<(Slot, u64, SlotIndex)>) -> Vec<Run> {
-    pages.sort_unstable_by_key(|(slot, arena_page, _)| (*slot, *arena_page));
+    pages.sort_unstable_by_key(|(slot, page, _)| (*slot, *page));
     let mut runs: Vec<Run> = Vec::new();
-    for (slot, arena_page, index) in pages {
+    for (slot, page, index) in pages {
         if let Some(last) = runs.last_mut()
             && last.slot == slot
             && last.page + last.pages as u64 == page
@@ -37,7 +37,7 @@ fn runs(mut pages: Vec<(Slot, u64, SlotIndex)>) -> Vec<Run> {
             last.pages += 1;
             continue;
         }
-        runs.push(Run { slot, arena_page, first: index, pages: 1 });
+        runs.push(Run { slot, page, first: index, pages: 1 });
     }
     runs
 }
@@ -69,8 +69,7 @@ impl Volume {
             return Ok(());
         }
         let outcome = self.read_runs(runs(wanted)).await;
-        if outcome.is_ok() {
-            guard.done.set(true);
+        {
             let mut cache = self.cache.borrow_mut();
             for index in reserved {
                 if outcome.is_err() {
@@ -80,11 +79,12 @@ impl Volume {
                 }
             }
         }
-        drop(guard);
         self.cache_changed.notify();
         outcome
     }
 
+    /// Reads from arenas into the cache. Returns when no operation is under way any more, also after an error.
+    async fn read_runs(self: &Rc<Self>, runs: Vec<Run>) -> Result<()> {
         self.metrics.cache_misses.add(runs.iter().map(|run| run.pages as u64).sum());
         self.move_runs(runs, FabricOperation::Read).await
     }
@@ -96,9 +96,8 @@ impl Volume {
     }
 
     async fn move_runs(self: &Rc<Self>, runs: Vec<Run>, operation: FabricOperation) -> Result<()> {
-    /// Reads from arenas into the cache.
-    async fn read_runs(self: &Rc<Self>, runs: Vec<Run>) -> Result<()> {
         let mut waiting = Vec::new();
+        let mut outcome = Ok(());
         for run in runs {
             let moved = if run.slot == self.slot() {
                 self.copy_run(&run, operation)
@@ -111,7 +110,7 @@ impl Volume {
                 break;
             }
         }
-        self.finish(waiting).await
+        self.finish(waiting).await.and(outcome)
     }
 
     /// Between the cache and this node's own arena.
@@ -404,10 +403,13 @@ impl Volume {
                 }
             }
         }
-        // 3. To the successor, if there is one.
+        // 3. To the successor, if there is one. What is spare stays this node's until the fence is given up for it.
+        let spare = self.with_file(ino, |file| file.spare_of(resource.server, range));
         if let Some(successor) = successor
             && held == Mode::X
             && pages.len() <= RUNS_MAX
+            && spare.len() <= RUNS_MAX
+            && spare.iter().map(|part| part.len()).sum::<u64>() <= SPARE_PAGES_MAX
         {
             let mut message = HandOver {
                 resource,
@@ -416,16 +418,8 @@ impl Volume {
                 range,
                 key: self.cache_key,
                 pages: Vec::with_capacity(pages.len()),
-                spare: self.files.borrow_mut().get_mut(&ino).map_or_else(Vec::new, |file| file.take_spare(range)),
+                spare,
             };
-            // Of those that are not named the successor learns when it asks for the layout.
-            let mut left = SPARE_PAGES_MAX;
-            message.spare.retain(|range| {
-                let fits = range.len() <= left;
-                left -= if fits { range.len() } else { 0 };
-                fits
-            });
-            message.spare.truncate(RUNS_MAX);
             {
                 let mut cache = self.cache.borrow_mut();
                 for page in &pages {
@@ -470,7 +464,7 @@ impl Volume {
         }
         // 5. What the new mode does not allow goes.
         if let Some(file) = self.files.borrow_mut().get_mut(&ino) {
-            file.forget_uncommitted(range);
+            file.forget_uncommitted(resource.server, range);
         }
         if keep.is_none() {
             self.cap_size_floor(ino, range.lo);
@@ -487,8 +481,10 @@ impl Volume {
         let mut files = self.files.borrow_mut();
         let Some(file) = files.get_mut(&ino) else { return };
         // Also where nothing is known: an answer may be on its way.
-        file.layout_forgotten += 1;
-        file.spare.remove(range);
+        file.void_answers(Some(resource.server), range);
+        for part in file.spare_of(resource.server, range) {
+            file.spare.remove(part);
+        }
         let parts: Vec<Range> = match &file.layout {
             Some(layout) if layout.slots.len() > 1 => {
                 let mut parts: Vec<Range> = Vec::new();
@@ -525,6 +521,10 @@ impl Volume {
     /// The successor has everything.
     pub(crate) fn drop_transit(&self, resource: Resource, range: Range) {
         self.forget_pages(resource, range);
+        self.cache_changed.notify();
+        self.prune_file(resource.ino);
+    }
+
     /// Pages of a range on one server whose bytes nobody has committed: dirty, under write-back, or kept for a successor.
     fn unsaved_in(&self, resource: Resource, range: Range) -> usize {
         let layout = self.files.borrow().get(&resource.ino).and_then(|file| file.layout.clone());
@@ -538,10 +538,6 @@ impl Volume {
         cache.pages_in(resource.ino, range).iter().filter(|page| unsaved(page)).count()
     }
 
-        self.cache_changed.notify();
-        self.prune_file(resource.ino);
-    }
-
     /// A lock went without its data having gone home: the dirty part is lost, and fsync says so.
     pub(crate) fn lose(&self, resource: Resource, range: Range, mode: Mode) {
         match resource.class {
@@ -550,7 +546,7 @@ impl Volume {
                 if lost > 0 && mode == Mode::X {
                     tracing::error!(%resource, %range, lost, "dirty pages lost with their lock");
                     self.files.borrow_mut().entry(resource.ino).or_default().error = Some(Errno::EIO);
-                    self.metrics.write_back_errors.add(dirty as u64);
+                    self.metrics.write_back_errors.add(lost as u64);
                 }
                 self.cap_size_floor(resource.ino, range.lo);
                 self.forget_pages(resource, range);
@@ -578,7 +574,7 @@ impl Volume {
             return false;
         }
         self.cap_size_floor(ino, message.range.lo);
-        let mut waiting = Vec::new();
+        let mut wanted = Vec::new();
         let mut reserved = Vec::new();
         for page in &message.pages {
             let index = loop {
@@ -593,16 +589,15 @@ impl Volume {
                     Some(index) => break index,
                     None => self.make_room().await,
                 }
-        let posted: Vec<_> =
-            runs(wanted).iter().map(|run| self.post_run(run, message.key, FabricOperation::Read)).collect();
             };
             reserved.push((index, page.dirty));
             wanted.push((from, page.offset / PAGE_SIZE, index));
         }
+        let posted: Vec<_> =
+            runs(wanted).iter().map(|run| self.post_run(run, message.key, FabricOperation::Read)).collect();
         self.metrics.hand_over_pages[Direction::Received].add(message.pages.len() as u64);
-        self.metrics.fabric_bytes[FabricOperation::Read].add(message.pages.len() as u64 * PAGE_SIZE);
-        let complete = waiting.len() == message.pages.len();
-        let wanted = self.finish(waiting).await.is_ok() && complete;
+        let complete = posted.iter().all(|run| run.is_ok());
+        let wanted = self.finish(posted.into_iter().flatten().collect()).await.is_ok() && complete;
         // Storage became current meanwhile: these bytes may be older.
         let ok = wanted && self.hand_overs.borrow().fetching.contains_key(&message.new_grant);
         if ok && let Some(file) = self.files.borrow_mut().get_mut(&ino) {
