@@ -10,6 +10,7 @@
 //! | [`rng`] | one seed, same choices |
 //! | [`clock`] | one clock for all processes of this host, and of virtual machines on it |
 //! | [`history`] | calls with start and end, saved and read back |
+//! | [`meeting`] | processes of several machines take part in one run |
 //! | [`linearize`] | accepts a history if and only if some order of instants explains it |
 //! | [`model`] | what files, names, words and locks may do, one step at a time |
 //! | [`coherence`] | concurrent client processes that record histories |
@@ -25,6 +26,7 @@ pub mod clock;
 pub mod coherence;
 pub mod history;
 pub mod linearize;
+pub mod meeting;
 pub mod model;
 pub mod mounts;
 pub mod pattern;

@@ -29,21 +29,27 @@ impl Mounts {
     pub fn work_directory(&self, name: &str) -> Result<WorkDirectory> {
         let first = self.roots[0].join(name);
         std::fs::create_dir(&first).with_context(|| format!("create {}", first.display()))?;
+        self.find(name, std::fs::metadata(&first)?.ino(), false)
+    }
+
+    /// The directory `name` with this inode number, which another machine created and will remove.
+    pub fn work_directory_of_another(&self, name: &str, inode: u64) -> Result<WorkDirectory> {
+        self.find(name, inode, true)
+    }
+
+    fn find(&self, name: &str, inode: u64, keep: bool) -> Result<WorkDirectory> {
         let mut paths = Vec::new();
-        let inode = std::fs::metadata(&first)?.ino();
         for root in &self.roots {
             let path = root.join(name);
             match std::fs::metadata(&path) {
                 Ok(m) if m.ino() == inode => paths.push(path),
-                Ok(m) => bail!("{} has inode {}, but {} has inode {inode}", path.display(), m.ino(), first.display()),
-                Err(e) => bail!(
-                    "{} was just created, but {} says {e}: are these mounts of one file system?",
-                    first.display(),
-                    path.display()
-                ),
+                Ok(m) => bail!("{} has inode {}, but was created with inode {inode}", path.display(), m.ino()),
+                Err(e) => {
+                    bail!("{} was just created, and says {e}: are these mounts of one file system?", path.display())
+                }
             }
         }
-        Ok(WorkDirectory { paths, keep: false, owner: std::process::id() })
+        Ok(WorkDirectory { paths, keep, owner: std::process::id() })
     }
 }
 

@@ -24,6 +24,16 @@ pub struct Stall {
     pub kernel: String,
 }
 
+impl Stall {
+    /// Print it, and end the program with exit status 2.
+    pub fn end_the_program(&self) -> ! {
+        println!("STANDSTILL: {} for {} s\n{}", self.call, self.seconds, self.kernel);
+        use std::io::Write;
+        let _ = std::io::stdout().flush();
+        std::process::exit(2);
+    }
+}
+
 /// The caller's end: says what it is doing.
 pub struct Watchdog {
     current: Current,
@@ -59,12 +69,7 @@ impl Watchdog {
 
     /// Watch the calling thread; a stall is printed and ends the program with exit status 2.
     pub fn ending_the_program(limit_seconds: u64) -> Self {
-        Self::start(limit_seconds, |stall| {
-            println!("STANDSTILL: {} for {} s\n{}", stall.call, stall.seconds, stall.kernel);
-            use std::io::Write;
-            let _ = std::io::stdout().flush();
-            std::process::exit(2);
-        })
+        Self::start(limit_seconds, |stall| stall.end_the_program())
     }
 
     /// A call begins now; returns when.

@@ -71,6 +71,55 @@ fn coherence_reports_a_standstill() {
     assert!(text.contains("STANDSTILL locks") && text.contains("wchan"), "{text}");
 }
 
+/// Three programs, one for each mount, as on three machines.
+#[test]
+fn coherence_joins_the_histories_of_several_parts() {
+    let place = Place::new("parts");
+    let (mount, meeting) = (place.0.join("mount"), place.0.join("meeting"));
+    for directory in [&mount, &meeting] {
+        std::fs::create_dir(directory).expect("make a directory");
+    }
+    let part = |part: u32| {
+        let mut command = Command::new(COHERENCE);
+        command.args(LOCAL.split(' ')).args([
+            "--families",
+            "data,names,locks",
+            "--parts",
+            "3",
+            "--part",
+            &part.to_string(),
+        ]);
+        command.arg("--mount").arg(&mount).arg("--meeting").arg(&meeting);
+        command.stdout(std::process::Stdio::piped()).spawn().expect("run")
+    };
+    let parts: Vec<_> = (0..3).map(part).collect();
+    for part in parts {
+        let output = part.wait_with_output().expect("wait");
+        let text = String::from_utf8_lossy(&output.stdout);
+        assert!(output.status.success(), "{text}");
+        assert!(text.contains("recorded names"), "{text}");
+    }
+    assert_eq!(std::fs::read_dir(&mount).expect("list").count(), 0, "nothing is left behind");
+    let check = |family: &str, parts: &[u32], more: &[&str]| {
+        let mut command = Command::new(COHERENCE);
+        for part in parts {
+            command.arg("--check").arg(meeting.join(format!("{family}-11-calls.history.{part}")));
+        }
+        let output = command.args(more).output().expect("run");
+        (output.status.code(), String::from_utf8_lossy(&output.stdout).into_owned())
+    };
+    for family in ["data", "names", "locks"] {
+        let (status, text) = check(family, &[0, 1, 2], &[]);
+        assert_eq!(status, Some(0), "{text}");
+        assert!(!text.contains(" 0 one of another mount"), "{text}");
+        // What one part saw is explained by what the others did.
+        let (status, text) = check(family, &[0], &[]);
+        assert!(status == Some(1) || family == "locks", "{text}");
+    }
+    let (status, text) = check("data", &[0, 1, 2], &["--inject-stale-read", "--seed", "1"]);
+    assert_eq!(status, Some(1), "{text}");
+}
+
 #[test]
 fn exercisers_agree_with_a_local_directory() {
     let place = Place::new("exerciser");

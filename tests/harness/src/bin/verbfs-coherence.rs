@@ -3,6 +3,8 @@
 //! ```text
 //! verbfs-coherence --mount A --mount B --mount C [--families data,names,mmap,locks] [--seed N] [--operations N]
 //! verbfs-coherence --check FILE          judge a saved history again
+//! verbfs-coherence --mount A --part 0 --parts 3 --meeting DIRECTORY --seed N ...   on each of three machines
+//! verbfs-coherence --check HISTORY.0 --check HISTORY.1 --check HISTORY.2           judge what they saved as one history
 //! ```
 //!
 //! # What is checked
@@ -18,6 +20,11 @@
 //!
 //! Each family ends with a look through every mount.
 //!
+//! # Several machines
+//! Each machine runs the program as one part, with its own mounts and otherwise the same arguments. They meet in an empty
+//! directory that all of them see, where each leaves `FAMILY-SEED-calls.history.PART`. `VERBFS_CLOCK` must name a time base that
+//! they share; parts on several machines without one refuse to start, and so do parts whose times turn out not to compare.
+//!
 //! # How to read a failure
 //! The output names the call that no order explains (marked `>>`), what was certain before, and the calls that matter.
 //! `w3.17` is write number 17 of client 2 (numbers start at 1; `zeros` are bytes nobody wrote, `GARBAGE` is a torn or
@@ -31,7 +38,7 @@
 //! Local file systems are mostly *not* linearizable beyond a word (ext4 and tmpfs read while they write); use `--max-io 8` to
 //! try the tool there, or XFS with `--without-stat`: its buffered reads and writes exclude each other.
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use clap::Parser;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -39,6 +46,7 @@ use verbfs_harness::coherence::driver::{Plan, Recorded, run};
 use verbfs_harness::coherence::verdict::{Report, inject_stale_read, verdict};
 use verbfs_harness::coherence::{CLIENT_ARGUMENT, Family, client};
 use verbfs_harness::history;
+use verbfs_harness::meeting::Meeting;
 use verbfs_harness::mounts::Mounts;
 use verbfs_harness::rng::{Rng, seed_or_clock};
 
@@ -76,9 +84,18 @@ struct Arguments {
     /// Save the histories (with the family's name appended).
     #[arg(long)]
     history: Option<PathBuf>,
-    /// Judge a saved history instead of making one.
+    /// Judge a saved history instead of making one; given several times, the files are parts of one history.
     #[arg(long)]
-    check: Option<PathBuf>,
+    check: Vec<PathBuf>,
+    /// The number of this part, from 0, when the clients are on several machines.
+    #[arg(long, requires_all = ["parts", "meeting", "seed"], conflicts_with_all = ["check", "inject_stale_read"])]
+    part: Option<u32>,
+    /// How many parts there are.
+    #[arg(long, requires = "part", value_parser = clap::value_parser!(u32).range(1..))]
+    parts: Option<u32>,
+    /// A directory, empty at first, that all parts see.
+    #[arg(long, requires = "part")]
+    meeting: Option<PathBuf>,
     /// Make one recorded read stale: the run must then fail. Tests the test.
     #[arg(long)]
     inject_stale_read: bool,
@@ -86,10 +103,11 @@ struct Arguments {
 
 fn print_report(name: &str, report: &Report) -> bool {
     println!(
-        "{} {name}: {} calls, {} overlapped an earlier one, at most {} explanations at once",
+        "{} {name}: {} calls, {} overlapped an earlier one, {} one of another mount, at most {} explanations at once",
         if report.failures.is_empty() { "ok" } else { "FAIL" },
         report.calls,
         report.overlapping,
+        report.across_mounts,
         report.configurations
     );
     for failure in &report.failures {
@@ -99,14 +117,24 @@ fn print_report(name: &str, report: &Report) -> bool {
 }
 
 fn work(arguments: &Arguments) -> Result<ExitCode> {
-    if let Some(path) = &arguments.check {
-        let calls = history::load(path)?;
+    if let Some(first) = arguments.check.first() {
+        let parts: Vec<_> = arguments.check.iter().map(|path| history::load(path)).collect::<Result<_>>()?;
+        let mut calls = parts.concat();
+        calls.sort_by_key(|c| c.start);
+        if arguments.inject_stale_read {
+            let seed = seed_or_clock(arguments.seed);
+            println!("{}", inject_stale_read(&mut calls, &mut Rng::new(seed)).context("no read can be made stale")?);
+        }
         let clients = calls.iter().map(|c| c.client as usize + 1).max().unwrap_or(1);
-        let good = print_report(&path.display().to_string(), &verdict(&calls, clients));
+        let good = print_report(&first.display().to_string(), &verdict(&calls, clients));
         return Ok(if good { ExitCode::SUCCESS } else { ExitCode::from(1) });
     }
     let mounts = Mounts::new(&arguments.mounts)?;
     let seed = seed_or_clock(arguments.seed);
+    let meeting = match (arguments.part, arguments.parts, &arguments.meeting) {
+        (Some(part), Some(parts), Some(directory)) => Meeting::join(part, parts, directory)?,
+        _ => Meeting::alone(),
+    };
     let replay = |family: Family| {
         let mounts: Vec<String> = arguments.mounts.iter().map(|m| format!("--mount {}", m.display())).collect();
         format!(
@@ -126,7 +154,8 @@ fn work(arguments: &Arguments) -> Result<ExitCode> {
             family,
             seed,
             clients_per_mount: arguments.clients_per_mount,
-            mounts: arguments.mounts.len() as u32,
+            mounts: arguments.mounts.len() as u32 * meeting.parts,
+            meeting: meeting.clone(),
             operations: arguments.operations,
             max_io: arguments.max_io,
             stat: !arguments.without_stat,
@@ -155,7 +184,11 @@ fn work(arguments: &Arguments) -> Result<ExitCode> {
                 return Ok(ExitCode::from(2));
             }
             Recorded::History(calls) => {
-                let report = report.expect("a history has a report");
+                let Some(report) = report else {
+                    let (family, seconds) = (family.name(), begun.elapsed().as_secs_f64());
+                    println!("recorded {family} ({seconds:.1} s): {} calls of part {}", calls.len(), meeting.part);
+                    continue;
+                };
                 let accepted =
                     print_report(&format!("{} ({:.1} s)", family.name(), begun.elapsed().as_secs_f64()), &report);
                 good &= accepted;

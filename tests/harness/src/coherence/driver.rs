@@ -1,9 +1,13 @@
 //! The driver: files, client processes, their calls, the verdict.
+//!
+//! When mounts are on several machines, each has a driver, a *part*, with the clients of its own mounts. Part 0 makes the files.
+//! All go together, each saves what its clients did, and one history is judged when it has been joined ([`crate::meeting`]).
 
 use super::verdict::{Report, verdict};
 use super::*;
 use crate::clock::now;
-use crate::history::{Call, Op};
+use crate::history::{self, Call, Op};
+use crate::meeting::Meeting;
 use crate::model::data::DataOp;
 use crate::model::words::{Via, WordOp};
 use crate::mounts::{Mounts, WorkDirectory};
@@ -12,9 +16,10 @@ use crate::progress::Progress;
 use crate::watchdog::Watchdog;
 use anyhow::{Context, Result, bail};
 use rustix::fs::FallocateFlags;
+use std::collections::BTreeSet;
 use std::fs::File;
 use std::io::{BufRead, BufReader, Write};
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::process::{Command, Stdio};
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
@@ -31,9 +36,11 @@ pub struct Plan {
     pub seed: u64,
     /// Client processes on each mount.
     pub clients_per_mount: u32,
-    /// Mounts in use.
+    /// Mounts in use, those of all parts; each part has as many.
     pub mounts: u32,
-    /// Calls in all.
+    /// This part's place among all.
+    pub meeting: Meeting,
+    /// Calls in all, of all parts.
     pub operations: u64,
     /// The longest read or write.
     pub max_io: u64,
@@ -43,6 +50,19 @@ pub struct Plan {
     pub dilate: u64,
     /// After so long a call counts as stuck.
     pub stall_seconds: u64,
+}
+
+impl Plan {
+    /// The numbers of this part's mounts.
+    fn own_mounts(&self) -> std::ops::Range<u32> {
+        let each = self.mounts / self.meeting.parts;
+        self.meeting.part * each..(self.meeting.part + 1) * each
+    }
+
+    /// What this run is called in a meeting.
+    fn topic(&self, what: &str) -> String {
+        format!("{}-{}-{what}", self.family.name(), self.seed)
+    }
 }
 
 /// How recording ended.
@@ -91,7 +111,7 @@ fn make_files(plan: &Plan, work: &WorkDirectory) -> Result<bool> {
 
 /// After all clients have finished, look through every mount once more: what they see now is part of the history.
 fn final_look(plan: &Plan, work: &WorkDirectory, calls: &mut Vec<Call>) -> Result<()> {
-    for mount in 0..plan.mounts {
+    for mount in plan.own_mounts() {
         let client = driver_client(plan);
         let root = work.on(mount as usize);
         match plan.family {
@@ -129,14 +149,13 @@ fn final_look(plan: &Plan, work: &WorkDirectory, calls: &mut Vec<Call>) -> Resul
     Ok(())
 }
 
-/// Run the clients of `plan` and collect what they did.
-pub fn record(plan: &Plan, work: &WorkDirectory, watchdog: &Watchdog) -> Result<Recorded> {
-    let punch = watchdog.during("making the files", || make_files(plan, work))?;
+/// Run this part's clients of `plan` and collect what they did; the files are made.
+fn record(plan: &Plan, work: &WorkDirectory, punch: bool, watchdog: &Watchdog) -> Result<Recorded> {
     let clients = plan.clients_per_mount * plan.mounts;
     let program = std::env::current_exe()?;
-    let (sender, receiver) = mpsc::channel::<(usize, Option<Message>)>();
+    let (sender, receiver) = mpsc::channel::<(u32, Option<Message>)>();
     let mut processes = Vec::new();
-    for client in 0..clients {
+    for client in (0..clients).filter(|client| plan.own_mounts().contains(&(client % plan.mounts))) {
         let mount = client % plan.mounts;
         let config = ClientConfig {
             family: plan.family,
@@ -166,24 +185,25 @@ pub fn record(plan: &Plan, work: &WorkDirectory, watchdog: &Watchdog) -> Result<
                 let Ok(message) = line.map_err(anyhow::Error::from).and_then(|l| Ok(serde_json::from_str(&l)?)) else {
                     break;
                 };
-                if sender.send((client as usize, Some(message))).is_err() {
+                if sender.send((client, Some(message))).is_err() {
                     return;
                 }
             }
-            let _ = sender.send((client as usize, None));
+            let _ = sender.send((client, None));
         });
         processes.push(process);
     }
     drop(sender);
 
     let mut calls = Vec::new();
-    let (mut ready, mut finished) = (0, vec![false; clients as usize]);
+    let (mut ready, mut finished) = (0, BTreeSet::new());
+    let mut nobody_to_wait_for = None;
     let mut unsupported = None;
     let mut stalls: Vec<String> = Vec::new();
     let mut first_stall: Option<Instant> = None;
     let mut lost = None;
-    let mut progress = Progress::new(plan.family.name(), plan.operations);
-    while !finished.iter().all(|f| *f) {
+    let mut progress = Progress::new(plan.family.name(), plan.operations / plan.meeting.parts as u64);
+    while finished.len() < processes.len() {
         // After the first stuck call the others get a moment to report theirs.
         if first_stall.is_some_and(|t| t.elapsed() > Duration::from_secs(3)) {
             break;
@@ -196,7 +216,11 @@ pub fn record(plan: &Plan, work: &WorkDirectory, watchdog: &Watchdog) -> Result<
         match message {
             Some(Message::Ready) => {
                 ready += 1;
-                if ready == clients {
+                if ready == processes.len() {
+                    if let Err(error) = plan.meeting.meet(&plan.topic("ready"), "") {
+                        nobody_to_wait_for = Some(error);
+                        break;
+                    }
                     for process in &mut processes {
                         let _ = process.stdin.as_mut().expect("standard input is a pipe").write_all(b"go\n");
                     }
@@ -220,8 +244,10 @@ pub fn record(plan: &Plan, work: &WorkDirectory, watchdog: &Watchdog) -> Result<
                 unsupported = Some(why);
                 break;
             }
-            Some(Message::Finished) => finished[client] = true,
-            None if !finished[client] => {
+            Some(Message::Finished) => {
+                finished.insert(client);
+            }
+            None if !finished.contains(&client) => {
                 lost = Some(client);
                 break;
             }
@@ -229,7 +255,7 @@ pub fn record(plan: &Plan, work: &WorkDirectory, watchdog: &Watchdog) -> Result<
         }
     }
     drop(progress);
-    let stopped = unsupported.is_some() || lost.is_some() || !stalls.is_empty();
+    let stopped = unsupported.is_some() || lost.is_some() || !stalls.is_empty() || nobody_to_wait_for.is_some();
     for process in &mut processes {
         if stopped {
             let _ = process.kill();
@@ -249,24 +275,80 @@ pub fn record(plan: &Plan, work: &WorkDirectory, watchdog: &Watchdog) -> Result<
     if let Some(client) = lost {
         bail!("client process {client} ended early; its message is above");
     }
+    if let Some(error) = nobody_to_wait_for {
+        return Err(error);
+    }
+    plan.meeting.meet(&plan.topic("finished"), "")?;
     watchdog.during("the look through every mount at the end", || final_look(plan, work, &mut calls))?;
     calls.sort_by_key(|c| c.start);
     Ok(Recorded::History(calls))
 }
 
+/// The working directory with its files, and whether holes can be punched there. Part 0 makes it, and removes it at the end.
+fn prepare(plan: &Plan, mounts: &Mounts, watchdog: &Watchdog) -> Result<(WorkDirectory, bool)> {
+    let topic = plan.topic("made");
+    if plan.meeting.part != 0 {
+        let made: Made = serde_json::from_str(&plan.meeting.meet(&topic, "")?[0])?;
+        let found = || mounts.work_directory_of_another(&made.name, made.inode);
+        return Ok((watchdog.during("finding the working directory", found)?, made.punch));
+    }
+    let name = format!("coherence-{}-{}-{}", plan.family.name(), plan.seed, std::process::id());
+    let work = watchdog.during("making the working directory", || mounts.work_directory(&name))?;
+    let punch = watchdog.during("making the files", || make_files(plan, &work))?;
+    let inode = std::fs::metadata(work.on(0))?.ino();
+    plan.meeting.meet(&topic, &serde_json::to_string(&Made { name, inode, punch })?)?;
+    Ok((work, punch))
+}
+
+/// What part 0 tells of the working directory.
+#[derive(Serialize, Deserialize)]
+struct Made {
+    name: String,
+    inode: u64,
+    punch: bool,
+}
+
 /// Record one family in a directory of its own, and judge the history. `change` may alter it in between (injections).
+///
+/// A part of several saves its history for whoever joins them, and judges nothing.
 pub fn run(
     plan: &Plan,
     mounts: &Mounts,
     change: impl FnOnce(&mut Vec<Call>) -> Result<()>,
 ) -> Result<(Recorded, Option<Report>)> {
-    let name = format!("coherence-{}-{}-{}", plan.family.name(), plan.seed, std::process::id());
-    let watchdog = Watchdog::ending_the_program(plan.stall_seconds.max(DRIVER_PATIENCE));
-    let work = watchdog.during("making the working directory", || mounts.work_directory(&name))?;
-    let mut recorded = record(plan, &work, &watchdog)?;
+    let meeting = plan.meeting.clone();
+    let watchdog = Watchdog::start(plan.stall_seconds.max(DRIVER_PATIENCE), move |stall| {
+        meeting.fail(&format!("{} takes longer than {} s", stall.call, stall.seconds));
+        stall.end_the_program();
+    });
+    let result = record_and_judge(plan, mounts, change, &watchdog);
+    match &result {
+        Err(error) => plan.meeting.fail(&format!("{error:#}")),
+        Ok((Recorded::Unsupported(why), _)) => plan.meeting.fail(why),
+        Ok((Recorded::Standstill { .. }, _)) => plan.meeting.fail("a call does not come back"),
+        Ok((Recorded::History(_), _)) => {}
+    }
+    result
+}
+
+fn record_and_judge(
+    plan: &Plan,
+    mounts: &Mounts,
+    change: impl FnOnce(&mut Vec<Call>) -> Result<()>,
+    watchdog: &Watchdog,
+) -> Result<(Recorded, Option<Report>)> {
+    let (work, punch) = prepare(plan, mounts, watchdog)?;
+    let mut recorded = record(plan, &work, punch, watchdog)?;
     let report = match &mut recorded {
         Recorded::History(calls) => {
+            if let Some(path) = plan.meeting.history(&plan.topic("calls")) {
+                history::save(&path, calls)?;
+            }
+            plan.meeting.meet(&plan.topic("looked"), "")?;
             watchdog.during("removing the working directory", || drop(work));
+            if plan.meeting.parts > 1 {
+                return Ok((recorded, None));
+            }
             change(calls)?;
             Some(verdict(calls, driver_client(plan) as usize + 1))
         }

@@ -18,6 +18,8 @@ pub struct Report {
     pub calls: usize,
     /// Calls that overlapped the call before them: without these nothing is tested.
     pub overlapping: usize,
+    /// Calls that overlapped an earlier one of another mount.
+    pub across_mounts: usize,
     /// The largest number of configurations the search held.
     pub configurations: usize,
     /// One text for each object whose history is impossible, or undecided.
@@ -75,10 +77,12 @@ pub fn verdict(calls: &[Call], clients: usize) -> Report {
     let mut report = Report { calls: calls.len(), ..Report::default() };
     let mut order: Vec<&Call> = calls.iter().collect();
     order.sort_by_key(|c| c.start);
-    let mut latest = 0;
+    let mut latest: BTreeMap<u32, u64> = BTreeMap::new();
     for call in &order {
-        report.overlapping += (call.start <= latest) as usize;
-        latest = latest.max(call.end.unwrap_or(u64::MAX));
+        report.overlapping += latest.values().any(|end| call.start <= *end) as usize;
+        report.across_mounts += latest.iter().any(|(m, end)| *m != call.mount && call.start <= *end) as usize;
+        let latest = latest.entry(call.mount).or_default();
+        *latest = (*latest).max(call.end.unwrap_or(u64::MAX));
     }
 
     let mut files: BTreeMap<u32, Vec<(Timed<DataOp>, Call)>> = BTreeMap::new();
