@@ -62,6 +62,14 @@ pub fn open(config: &Config, slot: Slot, incarnation: Incarnation) -> anyhow::Re
     Ok(Opened { endpoint, description: format!("shm ({why})"), place })
 }
 
+/// Where node `slot` is.
+///
+/// # Errors
+/// Its name has no address.
+pub fn address_of(config: &Config, slot: Slot) -> anyhow::Result<SocketAddr> {
+    addresses(config)?.remove(&slot).with_context(|| format!("nodes: there is no slot {slot}"))
+}
+
 /// Where each node is.
 fn addresses(config: &Config) -> anyhow::Result<BTreeMap<Slot, SocketAddr>> {
     let mut addresses = BTreeMap::new();

@@ -14,6 +14,7 @@ pub mod frontend;
 pub mod metrics;
 pub mod node;
 pub mod ranges;
+pub mod softroce;
 pub mod topology;
 pub mod transport;
 pub mod volume;

@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# RDMA, in virtual machines with software devices: the conformance suite on `verbs`, one test at a time, then daemons on it.
+# RDMA, in virtual machines with software devices: the conformance suite on `verbs`, one test at a time, `verbfs rdma`, then
+# daemons on it.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
-LIMIT=${LIMIT:-700} # seconds for the whole guest; a test waits for one thing at most PATIENCE seconds
+LIMIT=${LIMIT:-1000} # seconds for the whole guest; a test waits for one thing at most PATIENCE seconds
 PATIENCE=60
 VERBFS=$(realpath "${VERBFS:-${CARGO_TARGET_DIR:-target}/release/verbfs}")
 
@@ -18,6 +19,8 @@ tests/vm/run.sh --memory 2G --limit "$LIMIT" -- bash -c '
     set -e
     export VERBFS_RDMA_ADDRESS=$VM_ADDRESS VERBFS_TEST_PATIENCE=$3 TMPDIR=/dev/shm
     "$1" --ignored --test-threads=1 --skip child
+    mkdir /tmp/rdma
+    VERBFS=$2 DIR=/tmp/rdma scripts/steps/lib/verbs-rdma.sh
     modprobe fuse
     export ADDRESS=$VM_ADDRESS VERBFS=$2 VERBFS_TEST_DIR=/tmp/cluster
     mkdir "$VERBFS_TEST_DIR"

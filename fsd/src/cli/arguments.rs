@@ -93,6 +93,12 @@ pub enum Command {
         command: ConfigCommand,
     },
 
+    /// Set software RDMA up on an interface, and say what RDMA lacks on this host
+    Rdma {
+        #[command(subcommand)]
+        command: RdmaCommand,
+    },
+
     /// Print the completions of a shell
     #[command(after_help = "Examples:\n  \
         verbfs completions bash > /etc/bash_completion.d/verbfs\n  \
@@ -271,6 +277,47 @@ pub enum ConfigCommand {
     /// Write a new random cluster key to a file that does not exist yet
     #[command(after_help = "Example:\n  verbfs config new-key /etc/verbfs/verbfs.key")]
     NewKey { file: PathBuf },
+}
+
+#[derive(Debug, Subcommand)]
+pub enum RdmaCommand {
+    /// Make a SoftRoCE device of an Ethernet interface, loading what it needs
+    #[command(after_help = "Examples:\n  \
+        verbfs rdma up eth0\n  \
+        verbfs rdma up               (where one Ethernet interface is up)\n\n\
+        Needs root. A device that is there already stays. It is gone after a reboot. What is still missing\n\
+        is said, and then the exit status is 1. The interface goes on as before; RoCE v2 is UDP at port 4791.")]
+    Up {
+        /// The Ethernet interface; the only one that is up unless given
+        interface: Option<String>,
+        /// What to call the device; rxe0 or the next free number unless given
+        #[arg(long)]
+        name: Option<String>,
+    },
+    /// Remove a SoftRoCE device
+    #[command(after_help = "Examples:\n  verbfs rdma down eth0\n  verbfs rdma down rxe0 --force")]
+    Down {
+        /// The device or its interface; the only SoftRoCE device unless given
+        device: Option<String>,
+        /// Also while programs have it open: they lose their connections
+        #[arg(long)]
+        force: bool,
+    },
+    /// Say what RDMA has and lacks on this host, and how to mend it
+    #[command(after_help = "Examples:\n  \
+        verbfs rdma check\n  \
+        verbfs rdma check --address 198.18.0.1\n\n\
+        Looks at modules, device files and who may open them, ports and MTU, drivers, the node's address, and how\n\
+        much memory may be locked. Run it as the daemon's user, with the daemon's limits. Exit status: 0 nothing is\n\
+        missing, 1 something is.")]
+    Check {
+        /// The address of this node, which must be that of an RDMA device; that of the configuration unless given
+        #[arg(long)]
+        address: Option<std::net::IpAddr>,
+        /// The cluster's configuration, for this node's address and how much it locks [default: the usual one, if it is there]
+        #[arg(long, short, value_name = "FILE")]
+        config: Option<PathBuf>,
+    },
 }
 
 /// A parser of seconds within bounds.

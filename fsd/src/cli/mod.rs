@@ -6,6 +6,7 @@
 
 pub mod arguments;
 mod background;
+mod rdma;
 pub mod render;
 mod table;
 mod target;
@@ -174,6 +175,7 @@ fn dispatch(command: Command, program: &dyn Program) -> anyhow::Result<()> {
         }
         Command::Demo(demo) => program.demo(&demo),
         Command::Config { command } => config(command),
+        Command::Rdma { command } => rdma::run(command),
         Command::Completions { shell } => {
             let mut text = Vec::new();
             clap_complete::generate(shell, &mut Arguments::command(), "verbfs", &mut text);
