@@ -463,6 +463,12 @@ impl Endpoint {
         self.fabric.disconnect(slot, DisconnectReason::Local);
     }
 
+    /// As a device would that has found a fault. For tests of the provider.
+    #[cfg(test)]
+    pub(crate) fn break_queue_pair(&mut self, slot: u16) {
+        self.fabric.break_queue_pair(slot);
+    }
+
     /// After it returns `Ok`, no operation of that peer's known incarnations can change our memory, its session is over, and
     /// they are refused for good. Blocks, up to [`Limits::fence_timeout`]. Known are those that have been connected to this
     /// endpoint: an evicted incarnation that may not have been yet is kept out by [`Endpoint::refuse`], called first.

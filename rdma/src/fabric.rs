@@ -277,6 +277,11 @@ pub trait Fabric: Send {
     /// # Errors
     /// The peer may still have access.
     fn fence(&mut self, slot: u16) -> Result<(), FenceError>;
+    /// Puts the queue pair of a connection into error, as a device does that has found a fault. For tests.
+    #[cfg(test)]
+    fn break_queue_pair(&mut self, _slot: u16) {
+        unimplemented!("this provider has no queue pairs");
+    }
     /// Refuses every incarnation of `slot` up to `node_incarnation`, known or not.
     fn refuse(&mut self, slot: u16, node_incarnation: u32);
 

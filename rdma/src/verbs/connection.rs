@@ -181,6 +181,11 @@ impl Connection {
         self.pair.as_ref().is_some_and(|pair| pair.identity() == identity)
     }
 
+    #[cfg(test)]
+    pub(super) fn pair_mut(&mut self) -> &mut QueuePair {
+        self.pair.as_mut().expect("a connection that is up has a queue pair")
+    }
+
     /// Makes the queue pair, posts its receives, and says how many of them the peer may take.
     fn make_pair(
         &mut self,
@@ -484,11 +489,13 @@ impl Connection {
     }
 
     /// Ends it: after `Ok` the peer reaches nothing through it. Returns the identifier, which may still have to say
-    /// good-bye, and the ids of what did not end.
-    pub(super) fn close(mut self) -> (Identifier, Vec<u64>, Option<(QueuePair, io::Error)>) {
+    /// good-bye (`silently`: has not begun to), and the ids of what did not end.
+    pub(super) fn close(mut self, silently: bool) -> (Identifier, Vec<u64>, Option<(QueuePair, io::Error)>) {
         let mut flushed = Vec::new();
         let mut leftover = None;
-        self.identifier.disconnect();
+        if !silently {
+            self.identifier.disconnect();
+        }
         if let Some(mut pair) = self.pair.take() {
             // Fails where it is in that state already.
             let _ = pair.fail();

@@ -180,11 +180,7 @@ impl Device {
         check(unsafe { ibv_query_device(self.context, device.as_mut_ptr()) })?;
         // SAFETY: zeroed, then filled: all its fields are plain numbers.
         let device = unsafe { device.assume_init() };
-        let mut port = MaybeUninit::<ibv_port_attr>::zeroed();
-        // SAFETY: as above.
-        check(unsafe { ___ibv_query_port(self.context, self.port, port.as_mut_ptr()) })?;
-        // SAFETY: as above.
-        let port = unsafe { port.assume_init() };
+        let port = self.query_port()?;
         if port.state != ibv_port_state::IBV_PORT_ACTIVE {
             // Not an error: it may come up later, and connecting says so if it does not.
             tracing::warn!(device = self.name, port = self.port, state = port.state, "the RDMA port is not active");
@@ -199,6 +195,19 @@ impl Device {
             operation_length: port.max_msg_sz,
             mtu: 128 << port.active_mtu,
         })
+    }
+
+    fn query_port(&self) -> io::Result<ibv_port_attr> {
+        let mut port = MaybeUninit::<ibv_port_attr>::zeroed();
+        // SAFETY: the context is open and `port` has room for the answer.
+        check(unsafe { ___ibv_query_port(self.context, self.port, port.as_mut_ptr()) })?;
+        // SAFETY: zeroed, then filled: all its fields are plain numbers.
+        Ok(unsafe { port.assume_init() })
+    }
+
+    /// Whether our port can send, as the device says now. A system call.
+    pub fn port_is_active(&self) -> bool {
+        self.query_port().is_ok_and(|port| port.state == ibv_port_state::IBV_PORT_ACTIVE)
     }
 
     /// The name the kernel gives it, such as `mlx5_0` or `rxe0`.

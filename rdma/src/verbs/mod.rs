@@ -26,6 +26,8 @@ pub mod queue_pair;
 pub mod region;
 
 #[cfg(test)]
+mod faults;
+#[cfg(test)]
 mod layout;
 
 use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
@@ -145,6 +147,8 @@ pub struct VerbsFabric {
     /// Who has shaken hands and may ask, by the mark they will show.
     expected: HashMap<[u8; 32], (Proved, Instant)>,
     closing: VecDeque<Closing>,
+    /// Those that say good-bye only when the port is active again (see `close`).
+    silent: VecDeque<Identifier>,
     /// By address: a key of one that nobody may name could be another's.
     regions: HashMap<usize, Region>,
     retired_keys: HashSet<u32>,
@@ -216,6 +220,7 @@ impl VerbsFabric {
             active: Vec::new(),
             expected: HashMap::new(),
             closing: VecDeque::new(),
+            silent: VecDeque::new(),
             regions: HashMap::new(),
             retired_keys: HashSet::new(),
             events: VecDeque::new(),
@@ -323,14 +328,30 @@ impl VerbsFabric {
     }
 
     /// Closes a connection and returns the ids of the operations that did not end.
+    ///
+    /// While the port is down nobody says good-bye: it would not arrive, and SoftRoCE of Linux 6.1 does not get over it. There a
+    /// message of the connection manager that cannot be sent leaves the queue of all of them one behind: each is sent when
+    /// the next is posted, on a port that is up again too, and no connection is made in time any more.
     fn close(&mut self, slot: u16, connection: Connection) -> Vec<u64> {
         self.peer(slot).closed = connection.number;
-        let (identifier, flushed, leftover) = connection.close();
+        // The event that tells may come after the failure that brought us here: the device itself is asked.
+        let silently = !self.device.port_is_active();
+        let (identifier, flushed, leftover) = connection.close(silently);
         if let Some((pair, error)) = leftover {
             tracing::error!(slot, %error, "the device does not destroy a queue pair");
             self.peer(slot).leftovers.push(pair);
         }
-        self.retire(identifier);
+        if !silently {
+            self.retire(identifier);
+            return flushed;
+        }
+        self.owners.insert(identifier.identity(), Owner::Closing);
+        self.silent.push_back(identifier);
+        if self.silent.len() > CLOSING_MAXIMUM
+            && let Some(oldest) = self.silent.pop_front()
+        {
+            self.owners.remove(&oldest.identity());
+        }
         flushed
     }
 
@@ -470,6 +491,9 @@ impl VerbsFabric {
         let Some(target) = self.shared.address(slot) else {
             return self.fail(slot, ConnectError::InvalidSlot(slot));
         };
+        if !self.device.port_is_active() {
+            return self.fail(slot, ConnectError::System(libc::ENETDOWN));
+        }
         let milliseconds = self.shared.timeout().as_millis().clamp(1, u128::from(u32::MAX / 2)) as u32;
         let made = Identifier::new(&self.events_of_connections).and_then(|mut identifier| {
             identifier.resolve_address(self.address, target, milliseconds)?;
@@ -497,6 +521,7 @@ impl VerbsFabric {
                 if matches!(event.kind, Kind::Disconnected | Kind::Forgotten | Kind::Unreachable) {
                     self.owners.remove(&event.identity);
                     self.closing.retain(|closing| closing.identifier.identity() != event.identity);
+                    self.silent.retain(|identifier| identifier.identity() != event.identity);
                     self.keep_time();
                 }
             }
@@ -682,7 +707,15 @@ impl VerbsFabric {
                     connection.identifier.notify_established();
                 }
             }
-            AsynchronousEvent::PortActive(port) => tracing::info!(device, port, "the RDMA port is up"),
+            AsynchronousEvent::PortActive(port) => {
+                tracing::info!(device, port, "the RDMA port is up");
+                if self.device.port_is_active() {
+                    for mut identifier in std::mem::take(&mut self.silent) {
+                        identifier.disconnect();
+                        self.retire(identifier);
+                    }
+                }
+            }
             AsynchronousEvent::PortDown(port) => {
                 tracing::warn!(device, port, "the RDMA port is down; operations under way fail if it stays down");
             }
@@ -918,6 +951,11 @@ impl Fabric for VerbsFabric {
 
     fn admit_only(&mut self, slots: &[u16]) {
         self.shared.admissions.admit_only(slots);
+    }
+
+    #[cfg(test)]
+    fn break_queue_pair(&mut self, slot: u16) {
+        self.up(slot).expect("connected").pair_mut().fail().expect("the device takes the queue pair into error");
     }
 
     fn refuse(&mut self, slot: u16, node_incarnation: u32) {
