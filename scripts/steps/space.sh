@@ -141,7 +141,11 @@ holes_and_cuts() {
     fallocate -n -l 8388608 "$DIR/mnt/2/$file"
     same 'size' 0 "$(stat -c %s "$DIR/mnt/0/$file")"
     same 'st_blocks allocated ahead' $((8388608 / 512)) "$(stat -c %b "$DIR/mnt/0/$file")"
+    local space blocks
+    space=$(available 0) blocks=$(stat -c %b "$DIR/mnt/0/$file")
     refuses fallocate -l 1G "$DIR/mnt/0/$file" 2> /dev/null
+    same 'blocks after fallocate failed' "$blocks" "$(stat -c %b "$DIR/mnt/1/$file")"
+    same 'space after fallocate failed' "$space" "$(available 0)"
     rm "$DIR/mnt/0/$file"
     within 10 space_is_back "$before" 64
 }

@@ -1031,18 +1031,25 @@ impl Volume {
         }
         if !punch {
             // In steps, so that a long range neither makes one huge message nor holds the home's core for long.
+            let mut made = RangeSet::default();
+            let mut allocated = 0;
             let mut lo = range.lo;
             while lo < range.hi {
                 let step = Range::new(lo, (lo + PIECE_MAX / PAGE_SIZE).min(range.hi));
-                match self.ensure_allocated(ino, &layout, step, true).await {
-                    Ok(allocated) => pages += allocated as i64,
+                match self.allocate_step(ino, &layout, step, &mut made).await {
+                    Ok(new) => allocated += new as i64,
                     Err(error) => {
+                        // What a call that failed has taken must not keep the volume full. None of it was counted yet.
+                        for part in made.iter() {
+                            self.free_pages(ino, &layout, part).await?;
+                        }
                         self.note_write(ino, 0, pages);
                         return Err(error);
                     }
                 }
                 lo = step.hi;
             }
+            pages += allocated;
         }
         for pin in pins.iter().chain([&attribute_pin]) {
             pin.check()?;
@@ -1053,6 +1060,23 @@ impl Volume {
             self.note_write(ino, 0, pages);
         }
         Ok(())
+    }
+
+    /// Allocates pages of zeros where there are holes; notes in `made` which those were, before it tries.
+    async fn allocate_step(
+        self: &Rc<Self>,
+        ino: Ino,
+        layout: &Layout,
+        step: Range,
+        made: &mut RangeSet,
+    ) -> Result<u64> {
+        self.ensure_layout(ino, layout, step).await?;
+        self.with_file(ino, |file| {
+            let spare: Vec<Range> = file.spare.iter().filter(|part| part.overlaps(step)).collect();
+            let holes = file.without_extent(step).into_iter().chain(spare.into_iter().map(|part| part.intersect(step)));
+            holes.for_each(|part| made.insert(part));
+        });
+        self.ensure_allocated(ino, layout, step, true).await
     }
 
     /// SEEK_HOLE and SEEK_DATA: the next hole or data at or behind `offset`.
