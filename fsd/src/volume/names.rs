@@ -342,13 +342,26 @@ impl Volume {
     }
 
     pub async fn get_xattr(self: &Rc<Self>, ino: Ino, name: &[u8]) -> Result<Vec<u8>> {
+        if self.has_no_xattrs(ino) {
+            return Err(Errno::ENODATA);
+        }
         match self.call(ino.home(), Request::GetXattr { ino, name: name.to_vec() }).await? {
             Reply::Bytes(value) => Ok(value),
             _ => Err(Errno::EPROTO),
         }
     }
 
+    /// Whether a lock that this node holds already says that an inode has no extended attributes. `ls -l` asks for two of each
+    /// file that it has just asked the attributes of.
+    fn has_no_xattrs(self: &Rc<Self>, ino: Ino) -> bool {
+        let pin = self.pin_held(Resource::attr(ino), Range::UNIT, PinKind::Shared);
+        pin.is_some() && self.pinned_attributes(ino).is_ok_and(|attributes| !attributes.has_xattrs)
+    }
+
     pub async fn list_xattr(self: &Rc<Self>, ino: Ino) -> Result<Vec<Vec<u8>>> {
+        if self.has_no_xattrs(ino) {
+            return Ok(Vec::new());
+        }
         match self.call(ino.home(), Request::ListXattr { ino }).await? {
             Reply::Names(names) => Ok(names),
             _ => Err(Errno::EPROTO),
