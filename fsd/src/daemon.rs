@@ -30,6 +30,8 @@ use verbfs_rdma::Incarnation;
 const MAXIMUM_GRANTS: usize = 100_000;
 /// Lock entries one answer holds at most.
 const LISTED_LOCKS_MAX: usize = 10_000;
+/// How long programs that use a mount are waited for before a stop or an unmount is refused.
+const USERS_PATIENCE: Duration = Duration::from_secs(5);
 /// How long a stopping daemon tries to write back and to leave in good order.
 const STOP_LIMIT: Duration = Duration::from_secs(60);
 
@@ -323,6 +325,34 @@ impl Inner {
         Ok(())
     }
 
+    /// Waits a while for programs to leave the mounts (one of them), and names those that do not. The close of a file arrives
+    /// after close(2) has returned, so whoever has just ended may still be counted.
+    ///
+    /// # Errors
+    /// Somebody is still there; `or_else` ends the advice.
+    fn wait_for_users(&self, only: Option<&Path>, or_else: &str) -> anyhow::Result<()> {
+        let directories: Vec<PathBuf> = {
+            let mounts = self.mounts.lock();
+            let here = mounts.iter().filter(|here| !here.mounted.is_gone()).map(|here| here.directory.clone());
+            here.filter(|directory| only.is_none_or(|only| only == directory)).collect()
+        };
+        let began = Instant::now();
+        loop {
+            let users: Vec<String> = directories.iter().flat_map(|directory| mount::users(directory)).collect();
+            let open = if directories.is_empty() { 0 } else { self.node.enter(|volume| volume.open_handles()) };
+            if users.is_empty() && open == 0 {
+                return Ok(());
+            }
+            if began.elapsed() >= USERS_PATIENCE {
+                let who = if users.is_empty() { format!("{open} open files") } else { users.join(", ") };
+                let of =
+                    directories.iter().map(|directory| directory.display().to_string()).collect::<Vec<_>>().join(", ");
+                bail!("node {}: {of} is in use by {who}: end these programs, {or_else}", self.slot);
+            }
+            std::thread::sleep(Duration::from_millis(100));
+        }
+    }
+
     fn answer(&self, request: Request, stop: &Mutex<std::sync::mpsc::Sender<()>>) -> Response {
         let done = |outcome: anyhow::Result<()>| match outcome {
             Ok(()) => Response::Done,
@@ -341,8 +371,14 @@ impl Inner {
                 })
             }
             Request::Mount(request) => done(self.mount(&request)),
-            Request::Unmount { directory } => done(self.unmount(&directory)),
-            Request::Stop { .. } => {
+            Request::Unmount { directory } => {
+                done(self.wait_for_users(Some(&directory), "then try again").and_then(|()| self.unmount(&directory)))
+            }
+            Request::Stop { force } => {
+                if !force && let Err(error) = self.wait_for_users(None, "or stop it with --force, which cuts them off")
+                {
+                    return done(Err(error));
+                }
                 // The main thread waits for it; if it is gone, the daemon is ending already.
                 let _ = stop.lock().send(());
                 Response::Done

@@ -291,6 +291,25 @@ many_tools() {
     rm -r "$C/tools"
 }
 
+# A daemon does not leave programs behind that use its mount, unless it is told to.
+in_use_is_said() {
+    local said user status=0
+    echo kept > "$C/used"
+    (cd "$C" && exec sleep 60) &
+    user=$!
+    said=$("$VERBFS" stop --config "$DIR/verbfs.toml" --slot 2 2>&1) || status=$?
+    echo "$said"
+    same 'exit status' 1 $status
+    [[ $said == *"$user (sleep)"* && $said == *--force* ]]
+    kill "$user"
+    wait "$user" || true
+    exec 9< "$C/used"
+    refuses "$VERBFS" unmount "$C"
+    same 'what is still there' kept "$(cat <&9)"
+    exec 9<&-
+    rm "$A/used"
+}
+
 check git_commits 60 git_commits
 check git_gc_and_fsck 60 git_gc_and_fsck
 check git_clone 60 git_clone
@@ -305,6 +324,7 @@ check xattrs_and_acls 30 xattrs_and_acls
 check long_names 30 long_names
 check df_and_du 30 df_and_du
 check many_tools 60 many_tools
+check in_use_is_said 30 in_use_is_said
 check daemons_live 5 alive
 if stop_cluster; then pass cluster_stops_well; else fail cluster_stops_well 'see above'; fi
 finish

@@ -231,7 +231,7 @@ pub struct TopArguments {
 
 #[derive(Args, Clone, Debug)]
 pub struct StopArguments {
-    /// Changes nothing in this version: programs that use the mount are waited for, then cut off, in any case
+    /// Also while programs use the mount: they are waited for, then cut off
     #[arg(long)]
     pub force: bool,
     #[command(flatten)]

@@ -3,7 +3,7 @@
 //! The mount is made and removed here and `fuser` gets the open device: the guard of `fuser` 0.18 unmounts its path
 //! once more when it is dropped, whatever is mounted there by then.
 
-use std::ffi::{CStr, CString};
+use std::ffi::{CStr, CString, OsStr};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::OpenOptionsExt;
@@ -321,6 +321,27 @@ fn unmount_patiently(path: &Path) -> std::io::Result<()> {
             Err(error) => return Err(error),
         }
     }
+}
+
+/// Processes of this host, but this one, with an open file, a working directory, a root or a mapping below `directory`: number and
+/// name of each. Only links are read, so nothing waits for the mount itself. Processes of other mount namespaces may be missed.
+pub fn users(directory: &Path) -> Vec<String> {
+    let uses = |link: std::io::Result<PathBuf>| link.is_ok_and(|target| target.starts_with(directory));
+    let all = |of: PathBuf| std::fs::read_dir(of).into_iter().flatten().flatten().map(|entry| entry.path());
+    let mut users = Vec::new();
+    for process in all("/proc".into()) {
+        let number = process.file_name().and_then(OsStr::to_str).and_then(|name| name.parse::<u32>().ok());
+        let Some(number) = number.filter(|number| *number != std::process::id()) else { continue };
+        let here = ["cwd", "root", "exe"].iter().any(|link| uses(std::fs::read_link(process.join(link))))
+            || ["fd", "map_files"]
+                .iter()
+                .any(|links| all(process.join(links)).any(|link| uses(std::fs::read_link(link))));
+        if here {
+            let name = std::fs::read_to_string(process.join("comm")).unwrap_or_default();
+            users.push(format!("process {number} ({})", name.trim_end()));
+        }
+    }
+    users
 }
 
 /// Whether `done` becomes true in time.

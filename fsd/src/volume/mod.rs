@@ -439,6 +439,11 @@ impl Volume {
         }
     }
 
+    /// Files and directories that programs of this node's mounts have open.
+    pub fn open_handles(&self) -> usize {
+        self.open_files.borrow().len()
+    }
+
     pub(crate) fn open_file(&self, handle: u64) -> Result<Rc<OpenFile>> {
         self.open_files.borrow().get(&handle).cloned().ok_or(Errno::EBADF)
     }
