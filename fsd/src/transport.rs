@@ -13,6 +13,9 @@ use verbfs_rdma::{ConnectError, DisconnectReason, Endpoint, Event, Lane, Region,
 /// Between attempts to reach a peer that is not there.
 const RECONNECT_INTERVAL: Duration = Duration::from_millis(200);
 
+/// How long the next life of a daemon that has ended may take from its first contact to its session, before both are fenced.
+const SUCCESSOR_PATIENCE: Duration = Duration::from_secs(5);
+
 /// The cache's memory as a registered region.
 pub struct RegisteredMemory(pub Region);
 
@@ -30,6 +33,8 @@ struct PeerState {
     last_attempt: Option<Instant>,
     /// Process of the last known incarnation, until it is known to be gone.
     process: Option<u32>,
+    /// Since when the next life of a peer that has ended has been seen, while it has no session.
+    successor_since: Option<Instant>,
     /// Why the last attempt failed, to say it once.
     last_failure: String,
 }
@@ -53,7 +58,16 @@ impl FabricTransport {
         let peers = peers
             .into_iter()
             .map(|slot| {
-                (slot, PeerState { connected: false, last_attempt: None, process: None, last_failure: String::new() })
+                (
+                    slot,
+                    PeerState {
+                        connected: false,
+                        last_attempt: None,
+                        process: None,
+                        successor_since: None,
+                        last_failure: String::new(),
+                    },
+                )
             })
             .collect();
         FabricTransport { endpoint, cache, peers, metrics, pending: Vec::new() }
@@ -81,6 +95,7 @@ impl FabricTransport {
             Event::Connected { slot, hello } => {
                 let peer = self.peers.get_mut(&slot)?;
                 peer.connected = true;
+                peer.successor_since = None;
                 peer.process = Some(hello.pid);
                 peer.last_failure.clear();
                 Some(TransportEvent::Connected { slot, node: Node { slot, incarnation: hello.incarnation.node } })
@@ -220,6 +235,15 @@ impl Transport for FabricTransport {
                 if self.endpoint.peer(slot).is_some_and(|hello| hello.pid != process) {
                     continue;
                 }
+                // Or is about to have one.
+                if self.endpoint.has_successor(slot) {
+                    let since = *peer.successor_since.get_or_insert_with(Instant::now);
+                    if since.elapsed() < SUCCESSOR_PATIENCE {
+                        peer.process = Some(process);
+                        continue;
+                    }
+                }
+                peer.successor_since = None;
                 if let Err(error) = self.endpoint.fence(slot) {
                     tracing::error!(slot, %error, "a peer that ended could not be fenced");
                     peer.process = Some(process);

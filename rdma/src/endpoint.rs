@@ -242,6 +242,13 @@ impl Endpoint {
         self.session(slot).map(|session| session.hello)
     }
 
+    /// Whether an incarnation of a slot later than that of its session has been here: its session is about to begin, and
+    /// [`Endpoint::fence`] would hit it too.
+    pub fn has_successor(&self, slot: u16) -> bool {
+        let session = self.session(slot).map(|session| session.hello.incarnation);
+        session.is_some_and(|session| self.fabric.latest(slot).is_some_and(|latest| latest > session))
+    }
+
     /// Anonymous zeroed memory of `length` bytes that every peer may name.
     ///
     /// # Errors

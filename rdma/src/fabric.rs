@@ -272,6 +272,8 @@ pub trait Fabric: Send {
     fn connect(&mut self, slot: u16) -> Result<bool, ConnectError>;
     /// Ends the connection, if there is one; `Disconnected` with `reason` follows.
     fn disconnect(&mut self, slot: u16, reason: DisconnectReason);
+    /// The latest incarnation of a slot that has been known here, also one whose connection is not up yet.
+    fn latest(&self, slot: u16) -> Option<crate::Incarnation>;
     /// After it returns `Ok`, no operation of that peer's known incarnations can change our memory, and they cannot connect again.
     ///
     /// # Errors

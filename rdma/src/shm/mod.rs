@@ -800,6 +800,10 @@ impl Fabric for ShmFabric {
         }
     }
 
+    fn latest(&self, slot: u16) -> Option<Incarnation> {
+        self.peers.get(usize::from(slot)).and_then(|peer| peer.last)
+    }
+
     fn fence(&mut self, slot: u16) -> Result<(), FenceError> {
         let deadline = Instant::now() + self.fence_timeout;
         // First the door: a peer that finds itself cut off may knock before we are done here.

@@ -932,6 +932,10 @@ impl Fabric for VerbsFabric {
         }
     }
 
+    fn latest(&self, slot: u16) -> Option<Incarnation> {
+        self.peers.get(usize::from(slot)).and_then(|peer| peer.last)
+    }
+
     fn fence(&mut self, slot: u16) -> Result<(), FenceError> {
         // First the door: a peer that finds itself cut off may knock before we are done here.
         if let Some(last) = self.peer(slot).last {
