@@ -4,8 +4,8 @@
 # A step gets VERBFS_TEST_DIR, below which everything lies that it makes; `start_cluster` puts sockets, stores and
 # mounts there, `stop_cluster` ends them. The exit trap ends whatever is left.
 
-VERBFS=${VERBFS:-target/release/verbfs}
-BIN=${BIN:-target/release}
+VERBFS=${VERBFS:-${CARGO_TARGET_DIR:-target}/release/verbfs}
+BIN=${BIN:-${CARGO_TARGET_DIR:-target}/release}
 DIR=${VERBFS_TEST_DIR:?run this by scripts/test.sh, or set VERBFS_TEST_DIR to an empty directory}
 # Names of clusters must not meet on one host.
 CLUSTER=${CLUSTER:-test$$}
