@@ -15,7 +15,10 @@ test_program() {
 }
 program=$(test_program --test conformance_verbs)
 faults=$(test_program --lib)
-[ -x "$program" ] && [ -x "$faults" ] || { echo "verbs: the test programs were not built" >&2; exit 1; }
+if ! [ -x "$program" ] || ! [ -x "$faults" ]; then
+    echo "verbs: the test programs were not built" >&2
+    exit 1
+fi
 
 # The test `child` is the program of another test's child process, and none by itself.
 # shellcheck disable=SC2016 # the variables are the guest's

@@ -38,6 +38,6 @@ done
 vm-barrier written "$CHECK_LIMIT"
 check three_guests_fio_verifies "$CHECK_LIMIT" fio_verifies
 check three_guests_node_serves 10 still_serves
-vm-barrier done "$CHECK_LIMIT"
+vm-barrier ended "$CHECK_LIMIT"
 if stop_guest_node; then pass three_guests_node_stops_well; else fail three_guests_node_stops_well 'see above'; fi
 finish

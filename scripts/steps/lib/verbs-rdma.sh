@@ -78,16 +78,17 @@ limits() {
     } > "$DIR/verbfs.toml"
     (umask 077 && head -c 32 /dev/urandom > "$DIR/key")
     # Root without the capability, as in a container.
-    local bounded=(setpriv --bounding-set -ipc_lock --inh-caps -ipc_lock prlimit --memlock)
+    local bounded=(setpriv --bounding-set -ipc_lock --inh-caps -ipc_lock prlimit)
     says 1 $'missing  at most 8 MiB can be locked, and 96 MiB are needed: arena, cache and 1 peers\nLimitMEMLOCK=infinity' \
-        "${bounded[@]}=8388608:8388608" "$VERBFS" rdma check --config "$DIR/verbfs.toml"
-    says 0 'memory can be locked: up to 96 MiB' "${bounded[@]}=100663296:100663296" "$VERBFS" rdma check --config "$DIR/verbfs.toml"
-    says 0 'note     at most 8 MiB can be locked' "${bounded[@]}=8388608:8388608" "$VERBFS" rdma check
+        "${bounded[@]}" --memlock=8388608:8388608 "$VERBFS" rdma check --config "$DIR/verbfs.toml"
+    says 0 'memory can be locked: up to 96 MiB' "${bounded[@]}" --memlock=100663296:100663296 "$VERBFS" rdma check --config "$DIR/verbfs.toml"
+    says 0 'note     at most 8 MiB can be locked' "${bounded[@]}" --memlock=8388608:8388608 "$VERBFS" rdma check
 }
 in_use() {
     local server
     ib_write_bw -d rxe0 > "$DIR/server" 2>&1 &
     server=$!
+    # shellcheck disable=SC2317 # called by `within`
     opened() { compgen -G "/proc/$server/fd/*" > /dev/null && find "/proc/$server/fd" -lname '/dev/infiniband/uverbs*' | grep -q .; }
     within 20 opened
     says 1 "rxe0 is in use by ib_write_bw ($server); stop them first, or say --force" rdma down
