@@ -323,19 +323,22 @@ fn fcntl_interrupted_wait_holds_nothing(c: &Context) -> Result<()> {
     task.join()
 }
 
-/// Two processes wait for each other across mounts: one of them must be told EDEADLK.
-fn fcntl_deadlock_is_found(c: &Context) -> Result<()> {
-    let ready: Vec<Signal> = (0..2).map(|_| Signal::new()).collect::<Result<_>>()?;
+/// So many processes, each on the next mount, wait in a ring; the last wait closes it. One must be told EDEADLK, the others granted.
+fn deadlocked_ring(c: &Context, size: u64) -> Result<()> {
+    let ready: Vec<Signal> = (0..size).map(|_| Signal::new()).collect::<Result<_>>()?;
     let (found, granted) = (Signal::new()?, Signal::new()?);
-    let tasks: Vec<Task> = (0..2u64)
+    let tasks: Vec<Task> = (0..size)
         .map(|n| {
             let (ready, found, granted) = (&ready, &found, &granted);
             Task::start(move || {
                 let file = open(c, n as usize)?;
                 set(&file, WRITE, n * 10, 10)?;
-                ready[n as usize].send()?;
-                ready[1 - n as usize].wait()?;
-                match wait(&file, WRITE, (1 - n) * 10, 10) {
+                // One for each of the others.
+                (1..size).try_for_each(|_| ready[n as usize].send())?;
+                for other in 1..size {
+                    ready[((n + other) % size) as usize].wait()?;
+                }
+                match wait(&file, WRITE, (n + 1) % size * 10, 10) {
                     Ok(()) => granted.send(),
                     Err(e) if e.raw_os_error() == Some(libc::EDEADLK) => found.send(),
                     Err(e) => Err(e.into()),
@@ -344,40 +347,18 @@ fn fcntl_deadlock_is_found(c: &Context) -> Result<()> {
         })
         .collect::<Result<_>>()?;
     found.wait()?;
-    granted.wait()?;
+    for _ in 1..size {
+        granted.wait()?;
+    }
     tasks.into_iter().try_for_each(Task::join)
 }
 
-/// Three in a ring, the last wait closes it; one gives way, the other two are granted.
+fn fcntl_deadlock_is_found(c: &Context) -> Result<()> {
+    deadlocked_ring(c, 2)
+}
+
 fn fcntl_deadlock_of_three_has_one_victim(c: &Context) -> Result<()> {
-    for _ in 0..10 {
-        let ready: Vec<Signal> = (0..3).map(|_| Signal::new()).collect::<Result<_>>()?;
-        let (found, granted) = (Signal::new()?, Signal::new()?);
-        let tasks: Vec<Task> = (0..3u64)
-            .map(|n| {
-                let (ready, found, granted) = (&ready, &found, &granted);
-                Task::start(move || {
-                    let file = open(c, n as usize)?;
-                    set(&file, WRITE, n * 10, 10)?;
-                    // One for each of the others.
-                    ready[n as usize].send()?;
-                    ready[n as usize].send()?;
-                    ready[(n as usize + 1) % 3].wait()?;
-                    ready[(n as usize + 2) % 3].wait()?;
-                    match wait(&file, WRITE, (n + 1) % 3 * 10, 10) {
-                        Ok(()) => granted.send(),
-                        Err(e) if e.raw_os_error() == Some(libc::EDEADLK) => found.send(),
-                        Err(e) => Err(e.into()),
-                    }
-                })
-            })
-            .collect::<Result<_>>()?;
-        found.wait()?;
-        granted.wait()?;
-        granted.wait()?;
-        tasks.into_iter().try_for_each(Task::join)?;
-    }
-    Ok(())
+    (0..10).try_for_each(|_| deadlocked_ring(c, 3))
 }
 
 /// Whoever locks in one order cannot deadlock, however often waits come and go while somebody looks for cycles.
